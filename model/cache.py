@@ -1,0 +1,148 @@
+"""Key-value caches: global layers grow with the context, windowed layers keep a ring.
+
+A ring of window + chunk + drafts slots is enough, and exactly window is not: a prefill chunk
+written before it is attended to would overwrite keys that its first queries still need.
+
+Shape letters: B sequences, A key-value heads, C slots, D head dimension, N packed tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .packing import Packing
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """Keys and values [B, A, C, D] and the position each slot holds, int64 [B, C], -1 if none."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+class LayerCache:
+    """Keys and values of one layer. Position p of a sequence lives in slot p modulo capacity."""
+
+    def __init__(self, shape: tuple[int, int, int, int], *, ring: bool, like: Tensor) -> None:
+        self.ring = ring
+        self.keys = like.new_zeros(shape)
+        self.values = like.new_zeros(shape)
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` positions; a ring never grows."""
+        if self.ring or tokens <= self.capacity:
+            return
+        batch, heads, used, dim = self.keys.shape
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(batch, heads, tokens, dim)
+            new[:, :, :used] = old
+            setattr(self, name, new)
+
+    def append(self, keys_NAD: Tensor, values_NAD: Tensor, packing: Packing) -> CacheView:
+        """Write the new tokens, then show what a query at or after them may look at."""
+        end = max(packing.ends)
+        if end > self.capacity and not self.ring:
+            self.reserve(max(end, self.capacity + self.capacity // 2))
+        slots = packing.positions % self.capacity if self.ring else packing.positions
+        self.keys[packing.rows, :, slots] = keys_NAD
+        self.values[packing.rows, :, slots] = values_NAD
+        shown = self.capacity if self.ring else end
+        return CacheView(
+            self.keys[:, :, :shown], self.values[:, :, :shown], self._positions(packing, shown)
+        )
+
+    def _positions(self, packing: Packing, shown: int) -> Tensor:
+        """The newest position below the end of its sequence that maps to each slot."""
+        slots = torch.arange(shown, device=packing.device)
+        newest = torch.tensor(packing.ends, device=packing.device)[:, None] - 1
+        period = self.capacity if self.ring else max(shown, 1)
+        return (newest - (newest - slots) % period).clamp(min=-1)
+
+
+class Cache:
+    """State of `batch` sequences during generation: all layers of the decoder and of the MTP block.
+
+    `lengths[b]` counts the tokens of sequence `b` that the decoder has seen, `mtp_lengths[b]` those
+    that the MTP block has. A call may bring at most `chunk` tokens per sequence, and at most
+    `drafts` tokens may be taken back by `truncate`.
+    """
+
+    def __init__(
+        self, config: Config, batch: int, *, like: Tensor, chunk: int = 512, drafts: int = 0
+    ) -> None:
+        """Empty caches with dtype and device of `like`.
+
+        Raises ValueError if batch or chunk is not positive, or drafts is negative.
+        """
+        if batch < 1 or chunk < 1 or drafts < 0:
+            raise ValueError(
+                f"need batch >= 1, chunk >= 1, drafts >= 0; got {batch}, {chunk}, {drafts}"
+            )
+        self.config, self.chunk, self.drafts = config, max(chunk, drafts + 1), drafts
+
+        def layer(window: int) -> LayerCache:
+            slots = window + self.chunk + drafts if window else 0
+            shape = (batch, config.num_key_value_heads, slots, config.head_dim)
+            return LayerCache(shape, ring=window > 0, like=like)
+
+        self.layers = [layer(w) for w in config.windows]
+        self.mtp_layers = [layer(w) for w in config.mtp_windows] if drafts else []
+        self.lengths = [0] * batch
+        self.mtp_lengths = [0] * batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values now allocated."""
+        return sum(layer.nbytes for layer in (*self.layers, *self.mtp_layers))
+
+    def reserve(self, tokens: int) -> None:
+        """Allocate room for `tokens` positions per sequence now, instead of growing on the way."""
+        for layer in (*self.layers, *self.mtp_layers):
+            layer.reserve(tokens)
+
+    def packing(self, lengths: list[int], *, mtp: bool = False) -> Packing:
+        """The packing of `lengths` new tokens after what the cache holds. Raises ValueError."""
+        if len(lengths) != len(self.lengths):
+            raise ValueError(f"cache holds {len(self.lengths)} sequences, got {len(lengths)}")
+        if max(lengths, default=0) > self.chunk:
+            raise ValueError(
+                f"at most {self.chunk} tokens per sequence and call fit this cache, got "
+                f"{max(lengths)}: prefill in chunks"
+            )
+        starts = self.mtp_lengths if mtp else self.lengths
+        packing = Packing(tuple(lengths), tuple(starts), self.layers[0].keys.device)
+        if max(packing.ends) > self.config.max_position_embeddings:
+            raise ValueError(
+                f"context of {max(packing.ends)} tokens exceeds the model's "
+                f"{self.config.max_position_embeddings}"
+            )
+        return packing
+
+    def truncate(self, lengths: list[int], *, mtp: bool = False) -> None:
+        """Forget all tokens at or after `lengths[b]`: the rollback of rejected drafts.
+
+        Raises ValueError if that takes back more than `drafts` tokens (a ring has already
+        overwritten what they hid) or would lengthen a sequence.
+        """
+        held = self.mtp_lengths if mtp else self.lengths
+        for new, old in zip(lengths, held, strict=True):
+            if not old - self.drafts <= new <= old:
+                raise ValueError(
+                    f"can take back 0..{self.drafts} tokens, asked to go from {old} to {new}"
+                )
+        held[:] = lengths

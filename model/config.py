@@ -1,0 +1,251 @@
+"""The architecture of one EXAONE-MoE model as a frozen, validated value, and the named presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+class ConfigError(ValueError):
+    """A configuration that contradicts itself or cannot be read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Architecture of an EXAONE-MoE decoder with its multi-token-prediction (MTP) head.
+
+    Attention windows are given per layer: `windows[i]` is the number of keys a query of layer `i`
+    may see, itself included; 0 means global attention. Layers with a window use RoPE, global
+    layers do not (a model without any windowed layer uses RoPE everywhere).
+
+    `swiglu_limits[i]` clamps the SwiGLU of layer `i` (gate from above, up on both sides); 0 means
+    no clamp. `mtp_windows` holds one window per physical MTP layer; `mtp_steps` is how often the
+    MTP block is applied in training and how many drafts it was made for.
+
+    Raises:
+        ConfigError: if a field is out of range or two fields contradict each other.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    windows: tuple[int, ...]
+    num_experts_per_tok: int = 8
+    num_shared_experts: int = 1
+    first_k_dense_replace: int = 1
+    routed_scaling_factor: float = 2.5
+    norm_topk_prob: bool = True
+    swiglu_limits: tuple[float, ...] = ()
+    mtp_windows: tuple[int, ...] = (0,)
+    mtp_steps: int = 1
+    rope_theta: float = 1_000_000.0
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 262_144
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 1
+    eos_token_ids: tuple[int, ...] = (53,)
+    pad_token_id: int | None = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "windows", tuple(self.windows))
+        object.__setattr__(self, "mtp_windows", tuple(self.mtp_windows))
+        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        limits = tuple(float(x) for x in self.swiglu_limits) or (0.0,) * len(self.windows)
+        object.__setattr__(self, "swiglu_limits", limits)
+        self._check_types()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
+                raise ConfigError(f"{field.name} must be an integer, got {value!r}")
+            if field.type == "float" and not isinstance(value, int | float):
+                raise ConfigError(f"{field.name} must be a number, got {value!r}")
+            if field.type == "bool" and not isinstance(value, bool):
+                raise ConfigError(f"{field.name} must be true or false, got {value!r}")
+        for name in ("windows", "mtp_windows", "eos_token_ids"):
+            if any(not isinstance(x, int) or isinstance(x, bool) for x in getattr(self, name)):
+                raise ConfigError(f"{name} must hold integers, got {getattr(self, name)!r}")
+
+    def _check_ranges(self) -> None:
+        positive = (
+            "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads "
+            "num_key_value_heads head_dim num_experts num_experts_per_tok "
+            "max_position_embeddings routed_scaling_factor rms_norm_eps rope_theta"
+        )
+        for name in positive.split():
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        requirements = {
+            "the model needs at least one layer, got windows=()": self.num_hidden_layers > 0,
+            f"windows must be >= 0, got {self.windows} and mtp_windows {self.mtp_windows}": min(
+                (*self.windows, *self.mtp_windows), default=0
+            )
+            >= 0,
+            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+            f"num_key_value_heads ({self.num_key_value_heads})": self.num_attention_heads
+            % self.num_key_value_heads
+            == 0,
+            f"head_dim must be even for RoPE, got {self.head_dim}": self.head_dim % 2 == 0,
+            f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts "
+            f"({self.num_experts})": self.num_experts_per_tok <= self.num_experts,
+            f"first_k_dense_replace must lie in 0..{self.num_hidden_layers}, got "
+            f"{self.first_k_dense_replace}": 0
+            <= self.first_k_dense_replace
+            <= self.num_hidden_layers,
+            f"num_shared_experts must be >= 0, got {self.num_shared_experts}": self.num_shared_experts
+            >= 0,
+            f"swiglu_limits must have one entry per layer ({self.num_hidden_layers}), got "
+            f"{len(self.swiglu_limits)}": len(self.swiglu_limits) == self.num_hidden_layers,
+            f"swiglu_limits must be >= 0, got {self.swiglu_limits}": min(
+                self.swiglu_limits, default=0
+            )
+            >= 0,
+            f"mtp_steps must be >= 1 with an MTP layer and 0 without, got {self.mtp_steps} with "
+            f"{len(self.mtp_windows)} layers": (self.mtp_steps >= 1)
+            == (len(self.mtp_windows) > 0)
+            and self.mtp_steps >= 0,
+        }
+        for message, holds in requirements.items():
+            if not holds:
+                raise ConfigError(message)
+        for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
+            if token is not None and not 0 <= token < self.vocab_size:
+                raise ConfigError(
+                    f"special token ids must lie in 0..{self.vocab_size - 1}, got {token}"
+                )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def rope_layers(self) -> tuple[bool, ...]:
+        """Which layers rotate q and k: the windowed ones, or all if no layer has a window."""
+        return tuple(w > 0 or not any(self.windows) for w in self.windows)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer `layer` is a mixture of experts (and not one dense SwiGLU)."""
+        return layer >= self.first_k_dense_replace
+
+    @classmethod
+    def preset(cls, name: str) -> Config:
+        """The named preset. Raises ConfigError, listing the names, if there is none."""
+        if name not in PRESETS:
+            raise ConfigError(f"unknown preset {name!r}; presets are: {', '.join(PRESETS)}")
+        return cls(**PRESETS[name])
+
+    @classmethod
+    def from_hf(cls, source: dict[str, Any] | str | os.PathLike[str]) -> Config:
+        """From a Hugging Face `config.json`: a parsed dict, the file, or the folder that holds it."""
+        from .hf_config import from_hf
+
+        return from_hf(source)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` contents that transformers (and `from_hf`) read back to this value."""
+        from .hf_config import to_hf
+
+        return to_hf(self)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Exact number of parameters per part; `main` excludes MTP, `total` is everything.
+
+        `active` counts what one token of the main model multiplies with: all blocks with the
+        chosen experts only, and the output head; not the embedding table.
+        """
+        hidden, sparse = self.hidden_size, self.num_hidden_layers - self.first_k_dense_replace
+        heads = 2 * (self.num_attention_heads + self.num_key_value_heads)
+        attention = hidden * heads * self.head_dim + 2 * self.head_dim
+        dense = 3 * hidden * self.intermediate_size
+        expert = 3 * hidden * self.moe_intermediate_size
+        head = 0 if self.tie_word_embeddings else self.vocab_size * hidden
+        mtp_layer = attention + dense + 2 * hidden
+        mtp_layers = len(self.mtp_windows)
+        counts = {
+            "embedding": self.vocab_size * hidden,
+            "attention": self.num_hidden_layers * attention,
+            "dense_mlp": self.first_k_dense_replace * dense,
+            # the selection bias is part of the checkpoint, so it counts
+            "router": sparse * (self.num_experts * hidden + self.num_experts),
+            "routed_experts": sparse * self.num_experts * expert,
+            "shared_experts": sparse * self.num_shared_experts * expert,
+            "norms": (2 * self.num_hidden_layers + 1) * hidden,
+            "lm_head": head,
+        }
+        main = sum(counts.values())
+        mtp = mtp_layers * mtp_layer + 2 * hidden * hidden + 3 * hidden if mtp_layers else 0
+        idle = sparse * (self.num_experts - self.num_experts_per_tok) * expert
+        embedding = 0 if self.tie_word_embeddings else counts["embedding"]
+        return counts | {
+            "main": main,
+            "mtp": mtp,
+            "total": main + mtp,
+            "active": main - idle - embedding,
+        }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "k-exaone-236b": dict(
+        vocab_size=153_600,
+        hidden_size=6144,
+        intermediate_size=18_432,
+        moe_intermediate_size=2048,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_experts=128,
+        windows=(128, 128, 128, 0) * 12,
+    ),
+    "k-exaone-2-750b": dict(
+        vocab_size=153_600,
+        hidden_size=6144,
+        intermediate_size=18_432,
+        moe_intermediate_size=2048,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_experts=256,
+        windows=(0, 4096) + (128, 128, 128, 0) * 19,
+        first_k_dense_replace=2,
+        swiglu_limits=(0.0,) * 62 + (7.0,) * 16,
+        mtp_steps=4,
+    ),
+    "mid": dict(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=3072,
+        moe_intermediate_size=512,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        head_dim=128,
+        num_experts=32,
+        windows=(128, 128, 128, 0) * 3,
+    ),
+    # bytes are tokens 0..255; the head's width stays a multiple of 32
+    "mini": dict(
+        vocab_size=288,
+        hidden_size=128,
+        intermediate_size=384,
+        moe_intermediate_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        num_experts=32,
+        windows=(64, 64, 64, 0) * 2,
+        bos_token_id=256,
+        eos_token_ids=(257,),
+        pad_token_id=258,
+    ),
+}

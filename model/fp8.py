@@ -1,0 +1,65 @@
+"""Block-scaled float8 weights: e4m3 values with one scale per 128 x 128 block.
+
+The released FP8 checkpoint stores `W = W_fp8 * scale` with `scale` of shape
+[ceil(rows / 128), ceil(cols / 128)] (compressed-tensors, strategy "block").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BLOCK = 128
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """values: float8_e4m3fn [..., R, C]; scale: float32 [..., ceil(R/128), ceil(C/128)]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+def scale_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a weight [..., R, C]."""
+    *batch, rows, cols = shape
+    return (*batch, -(-rows // BLOCK), -(-cols // BLOCK))
+
+
+def _expand(scale: Tensor, shape: torch.Size) -> Tensor:
+    rows, cols = shape[-2:]
+    full = scale.repeat_interleave(BLOCK, -2).repeat_interleave(BLOCK, -1)
+    return full[..., :rows, :cols]
+
+
+def quantize(weight: Tensor) -> Quantized:
+    """Round a weight [..., R, C] to block-scaled e4m3; the largest value of a block becomes 448."""
+    *batch, rows, cols = weight.shape
+    padded = F.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
+    peak = blocks.abs().amax(dim=(-3, -1))
+    scale = torch.where(peak > 0, peak / E4M3_MAX, 1.0)
+    values = (weight.float() / _expand(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
+    return Quantized(values.to(torch.float8_e4m3fn), scale)
+
+
+def dequantize(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """values x scale in float32, rounded once to `dtype`."""
+    return (values.float() * _expand(scale.float(), values.shape)).to(dtype)
+
+
+class Fp8Linear(nn.Module):
+    """A bias-free linear layer that keeps its weight in float8 and widens it when used."""
+
+    def __init__(self, values: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values, requires_grad=False)
+        self.register_buffer("weight_scale", scale)
+        self.weight_scale: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, dequantize(self.weight, self.weight_scale, dtype=x.dtype))
