@@ -1,0 +1,112 @@
+"""From logits to tokens: temperature, top-k, top-p, presence penalty, and speculative acceptance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary. presence_penalty is
+    subtracted from the logit of every token that was already generated. The same seed gives the
+    same tokens on one device; None draws a fresh seed.
+
+    Raises ValueError if a value is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    presence_penalty: float = 0.0
+    seed: int | None = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be >= 0, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be >= 0, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
+        if not abs(self.presence_penalty) < float("inf"):
+            raise ValueError(f"presence_penalty must be finite, got {self.presence_penalty}")
+
+    def generator(self, device: torch.device) -> torch.Generator:
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+    def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
+        """The distribution [..., V] (float32) that the next token is drawn from.
+
+        Greedy decoding is the distribution with all its mass on the largest logit, the lowest
+        index among equals. `seen` is a bool [..., V] of tokens already generated.
+        """
+        logits = logits.float()
+        if seen is not None and self.presence_penalty:
+            logits = logits - self.presence_penalty * seen
+        if self.temperature == 0:
+            best = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+            return torch.zeros_like(logits).scatter_(-1, best, 1.0)
+        # subtracting the peak first keeps a tiny temperature from overflowing
+        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k and self.top_k < logits.shape[-1]:
+            kept = scaled.topk(self.top_k, dim=-1)
+            scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept.indices, kept.values)
+        probabilities = scaled.softmax(-1)
+        if self.top_p < 1:
+            ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
+            # a token stays if the mass before it has not reached top_p: the first always does
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
+            probabilities = probabilities / probabilities.sum(-1, keepdim=True)
+        return probabilities
+
+
+def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
+    """One token per row of [R, V]: int64 [R]."""
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How many drafts of each row stand, int64 [R], and the token that follows them, int64 [R]."""
+
+    accepted: Tensor
+    following: Tensor
+
+
+def verify(
+    target: Tensor, proposed: Tensor, drafts: Tensor, generator: torch.Generator
+) -> Verdict:
+    """Speculative rejection sampling (Leviathan et al., arXiv 2211.17192).
+
+    A draft d stands with probability min(1, p(d) / q(d)); after the first that falls, a token is
+    drawn from the normalised positive part of p - q. The result is distributed as if every token
+    had been drawn from p.
+
+    Args:
+        target: the model's distributions p, [R, D + 1, V].
+        proposed: the drafter's distributions q, [R, D, V].
+        drafts: tokens drawn from q, int64 [R, D].
+    """
+    rows, count = drafts.shape
+    index = drafts.unsqueeze(-1)
+    p = target[:, :count].gather(-1, index).squeeze(-1)
+    q = proposed.gather(-1, index).squeeze(-1)
+    chance = torch.rand(rows, count, generator=generator, device=target.device)
+    accepted = (chance * q < p).int().cumprod(-1).sum(-1)
+    nothing = proposed.new_zeros(rows, 1, target.shape[-1])
+    at = accepted[:, None, None].expand(-1, 1, target.shape[-1])
+    final = target.gather(1, at).squeeze(1)
+    rest = (final - torch.cat((proposed, nothing), 1).gather(1, at).squeeze(1)).clamp(min=0)
+    # p == q up to rounding leaves no positive part to draw from
+    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, final)
+    return Verdict(accepted, draw(rest, generator))
