@@ -146,3 +146,18 @@ class Cache:
                     f"can take back 0..{self.drafts} tokens, asked to go from {old} to {new}"
                 )
         held[:] = lengths
+
+
+def cache_bytes(
+    config: Config, tokens: int, *, chunk: int, drafts: int, itemsize: int
+) -> dict[str, int]:
+    """Bytes that the caches of one sequence of `tokens` tokens take, by kind of layer."""
+    per_token = 2 * config.num_key_value_heads * config.head_dim * itemsize
+
+    def held(window: int) -> int:
+        return (window + max(chunk, drafts + 1) + drafts if window else tokens) * per_token
+
+    windowed = sum(held(w) for w in config.windows if w)
+    grown = sum(held(w) for w in config.windows if not w)
+    mtp = sum(held(w) for w in config.mtp_windows) if drafts else 0
+    return {"windowed": windowed, "global": grown, "mtp": mtp, "total": windowed + grown + mtp}

@@ -48,8 +48,8 @@ class Router(nn.Module):
         bias = self.e_score_correction_bias
         super()._apply(fn, recurse)
         moved = self.e_score_correction_bias
-        if moved.dtype != bias.dtype and moved.dtype != torch.float64:
-            self.e_score_correction_bias = bias.to(moved.device)
+        if moved.dtype not in (torch.float32, torch.float64):
+            self.e_score_correction_bias = bias.to(moved.device, torch.float32)
         return self
 
     def forward(self, x_TH: Tensor) -> Routing:

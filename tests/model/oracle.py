@@ -11,11 +11,13 @@ from kexaone import Config, KExaone
 def transformers_model(model: KExaone) -> ExaoneMoeForCausalLM:
     """A transformers model that shares the values (not the memory) of `model`'s weights."""
     hf = model.config.to_hf()
-    head_dim = hf["head_dim"]
-    config = ExaoneMoeConfig(**hf)
-    config.head_dim = head_dim
+    window = hf.pop("sliding_window")
+    # its modeling code knows None (RoPE everywhere), its configuration refuses it
+    config = ExaoneMoeConfig(**hf | {"sliding_window": window or 1})
     config._attn_implementation = "eager"
     other = ExaoneMoeForCausalLM(config).eval()
+    for layer in other.model.layers:
+        layer.self_attn.sliding_window = window
     own = {k: v for k, v in model.state_dict().items() if not k.startswith("mtp.")}
     missing, unexpected = other.load_state_dict(own, strict=False)
     assert not missing and not unexpected, (missing, unexpected)

@@ -1,0 +1,208 @@
+"""The commands of the model: `kexaone demo`, `train`, `generate` and `info`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from . import console as ui
+from .cache import cache_bytes
+from .config import PRESETS, Config
+from .sampling import Sampling
+
+JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")]
+DataPaths = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Text file or folder, repeatable. Default: Python's own library."),
+]
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")] = "mini",
+    context: Annotated[int, typer.Option(help="Tokens of context to size the caches for.")] = 8192,
+    json: JsonPath = None,
+) -> None:
+    """Architecture, exact parameter counts and cache size of a preset or checkpoint."""
+    config = Config.preset(model) if model in PRESETS else _config_of(model)
+    if context < 1:
+        raise ValueError(f"context must be >= 1, got {context}")
+    ui.check_writable(json)
+    counts = config.parameter_counts()
+    sizes = cache_bytes(config, context, chunk=512, drafts=0, itemsize=2)
+    windowed = sum(w > 0 for w in config.windows)
+    table = Table(title=model, show_header=False)
+    table.add_row(
+        "layers",
+        f"{config.num_hidden_layers} ({windowed} windowed, {config.num_hidden_layers - windowed} "
+        f"global; {config.first_k_dense_replace} dense), {len(config.mtp_windows)} MTP",
+    )
+    table.add_row("hidden, heads", f"{config.hidden_size}, {config.num_attention_heads} queries / "
+                  f"{config.num_key_value_heads} keys x {config.head_dim}")
+    table.add_row("experts", f"{config.num_experts}, {config.num_experts_per_tok} per token, "
+                  f"{config.num_shared_experts} shared, width {config.moe_intermediate_size}")
+    for name, count in counts.items():
+        table.add_row(f"parameters: {name}", f"{count:,}")
+    for name, size in sizes.items():
+        table.add_row(f"cache bytes at {context:,} tokens, 16-bit: {name}", f"{size:,}")
+    ui.console().print(table)
+    ui.write_json(
+        json,
+        {
+            "model": model,
+            "config": config.to_hf(),
+            "parameters": counts,
+            "context": context,
+            "cache_bytes": sizes,
+        },
+    )
+
+
+def _config_of(name: str) -> Config:
+    if not Path(name).exists():
+        raise ValueError(f"{name!r} is neither a preset ({', '.join(PRESETS)}) nor a folder")
+    return Config.from_hf(name)
+
+
+def generate(
+    model: Annotated[Path, typer.Argument(help="Checkpoint folder with a tokenizer.json.")],
+    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    drafts: Annotated[int, typer.Option(help="MTP drafts per step; 0 decodes plainly.")] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from used tokens.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[str | None, typer.Option(help="Default: the checkpoint's own.")] = None,
+    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
+    json: JsonPath = None,
+) -> None:
+    """Continue a text with a checkpoint, streaming it as it comes."""
+    from tokenizers.decoders import DecodeStream
+
+    from . import generation
+    from .checkpoint import load
+    from .tokenizer import load_tokenizer
+
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file")
+    text = prompt if prompt is not None else _read_text(prompt_file)
+    ui.check_writable(json)
+    sampling = Sampling(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        presence_penalty=presence_penalty,
+        seed=seed,
+    )
+    tokenizer = load_tokenizer(model, Config.from_hf(model))
+    ids = tokenizer.encode(text).ids
+    network = load(model, dtype=ui.parse_dtype(dtype), device=str(ui.parse_device(device)))
+    stream = DecodeStream(skip_special_tokens=True)
+
+    def show(new: list[list[int]]) -> None:
+        for token in new[0]:
+            sys.stdout.write(stream.step(tokenizer, token) or "")
+        sys.stdout.flush()
+
+    sys.stdout.write(text)
+    result = generation.generate(
+        network.eval(),
+        [ids],
+        max_new_tokens=max_new_tokens,
+        drafts=drafts,
+        sampling=sampling,
+        on_tokens=show,
+    )
+    stats = result.statistics
+    print(
+        f"\n[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
+        f"draft acceptance {stats.acceptance:.0%}]",
+        file=sys.stderr,
+    )
+    ui.write_json(
+        json,
+        {
+            "prompt_ids": ids,
+            "token_ids": result.token_ids[0],
+            "text": tokenizer.decode(result.token_ids[0]),
+            "acceptance": stats.acceptance,
+            "tokens_per_second": stats.tokens_per_second,
+            "statistics": dataclasses.asdict(stats),
+        },
+    )
+
+
+def _read_text(path: Path | None) -> str:
+    assert path is not None
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
+    preset: Annotated[str, typer.Option(help="Architecture to train from scratch.")] = "mini",
+    model: Annotated[Path | None, typer.Option(help="Checkpoint folder to start from.")] = None,
+    data: DataPaths = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")] = False,
+    steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences per pass.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 256,
+    accumulation: Annotated[int, typer.Option(help="Passes per step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 3e-4,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    json: JsonPath = None,
+) -> None:
+    """Train on text: Muon and AdamW, WSD schedule, MTP and balance losses, exact resume."""
+    from .training_run import Options, run_training
+
+    ui.check_writable(json)
+    options = Options(
+        out=out,
+        preset=preset,
+        model=model,
+        data=tuple(data or ()),
+        resume=resume,
+        settings=dict(
+            steps=steps,
+            batch_size=batch_size,
+            sequence_length=sequence_length,
+            accumulation=accumulation,
+            learning_rate=learning_rate,
+            save_every=save_every,
+            seed=seed,
+        ),
+    )
+    ui.write_json(json, run_training(options, ui.console()))
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the model and picture.")] = Path(
+        "kexaone-demo"
+    ),
+    data: DataPaths = None,
+    minutes: Annotated[float, typer.Option(help="Training time to aim for.")] = 2.5,
+    drafts: Annotated[int, typer.Option(help="MTP drafts per step.")] = 2,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 400,
+    seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
+    json: JsonPath = None,
+) -> None:
+    """Train the mini model on real text, then generate with and without MTP drafts."""
+    from .demo import DemoOptions, run_demo
+
+    ui.check_writable(json)
+    torch.manual_seed(seed)
+    options = DemoOptions(
+        out=out, data=tuple(data or ()), minutes=minutes, drafts=drafts, tokens=tokens, seed=seed
+    )
+    ui.write_json(json, run_demo(options, ui.console()))
