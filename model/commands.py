@@ -19,7 +19,7 @@ from .sampling import Sampling
 JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")]
 DataPaths = Annotated[
     list[Path] | None,
-    typer.Option("--data", help="Text file or folder, repeatable. Default: Python's own library."),
+    typer.Option("--data", help="Text file, repeatable. Default: Python's own library."),
 ]
 
 
@@ -42,10 +42,16 @@ def info(
         f"{config.num_hidden_layers} ({windowed} windowed, {config.num_hidden_layers - windowed} "
         f"global; {config.first_k_dense_replace} dense), {len(config.mtp_windows)} MTP",
     )
-    table.add_row("hidden, heads", f"{config.hidden_size}, {config.num_attention_heads} queries / "
-                  f"{config.num_key_value_heads} keys x {config.head_dim}")
-    table.add_row("experts", f"{config.num_experts}, {config.num_experts_per_tok} per token, "
-                  f"{config.num_shared_experts} shared, width {config.moe_intermediate_size}")
+    table.add_row(
+        "hidden, heads",
+        f"{config.hidden_size}, {config.num_attention_heads} queries / "
+        f"{config.num_key_value_heads} keys x {config.head_dim}",
+    )
+    table.add_row(
+        "experts",
+        f"{config.num_experts}, {config.num_experts_per_tok} per token, "
+        f"{config.num_shared_experts} shared, width {config.moe_intermediate_size}",
+    )
     for name, count in counts.items():
         table.add_row(f"parameters: {name}", f"{count:,}")
     for name, size in sizes.items():
@@ -152,6 +158,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
     preset: Annotated[str, typer.Option(help="Architecture to train from scratch.")] = "mini",
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder to start from.")] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Folder with a tokenizer.json. Default: the model's, or bytes."),
+    ] = None,
     data: DataPaths = None,
     resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint in OUT.")] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps in all.")] = 1000,
@@ -171,17 +181,18 @@ def train(
         out=out,
         preset=preset,
         model=model,
+        tokenizer=tokenizer,
         data=tuple(data or ()),
         resume=resume,
-        settings=dict(
-            steps=steps,
-            batch_size=batch_size,
-            sequence_length=sequence_length,
-            accumulation=accumulation,
-            learning_rate=learning_rate,
-            save_every=save_every,
-            seed=seed,
-        ),
+        settings={
+            "steps": steps,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "accumulation": accumulation,
+            "learning_rate": learning_rate,
+            "save_every": save_every,
+            "seed": seed,
+        },
     )
     ui.write_json(json, run_training(options, ui.console()))
 

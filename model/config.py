@@ -60,7 +60,10 @@ class Config:
         object.__setattr__(self, "windows", tuple(self.windows))
         object.__setattr__(self, "mtp_windows", tuple(self.mtp_windows))
         object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
-        limits = tuple(float(x) for x in self.swiglu_limits) or (0.0,) * len(self.windows)
+        limits = tuple(float(x) for x in self.swiglu_limits)
+        if not any(limits):
+            # "no clamp" holds for any number of layers, so that dataclasses.replace may change it
+            limits = (0.0,) * len(self.windows)
         object.__setattr__(self, "swiglu_limits", limits)
         self._check_types()
         self._check_ranges()
@@ -87,37 +90,46 @@ class Config:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        requirements = {
-            "the model needs at least one layer, got windows=()": self.num_hidden_layers > 0,
-            f"windows must be >= 0, got {self.windows} and mtp_windows {self.mtp_windows}": min(
-                (*self.windows, *self.mtp_windows), default=0
-            )
-            >= 0,
-            f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-            f"num_key_value_heads ({self.num_key_value_heads})": self.num_attention_heads
-            % self.num_key_value_heads
-            == 0,
-            f"head_dim must be even for RoPE, got {self.head_dim}": self.head_dim % 2 == 0,
-            f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts "
-            f"({self.num_experts})": self.num_experts_per_tok <= self.num_experts,
-            f"first_k_dense_replace must lie in 0..{self.num_hidden_layers}, got "
-            f"{self.first_k_dense_replace}": 0
-            <= self.first_k_dense_replace
-            <= self.num_hidden_layers,
-            f"num_shared_experts must be >= 0, got {self.num_shared_experts}": self.num_shared_experts
-            >= 0,
-            f"swiglu_limits must have one entry per layer ({self.num_hidden_layers}), got "
-            f"{len(self.swiglu_limits)}": len(self.swiglu_limits) == self.num_hidden_layers,
-            f"swiglu_limits must be >= 0, got {self.swiglu_limits}": min(
-                self.swiglu_limits, default=0
-            )
-            >= 0,
-            f"mtp_steps must be >= 1 with an MTP layer and 0 without, got {self.mtp_steps} with "
-            f"{len(self.mtp_windows)} layers": (self.mtp_steps >= 1)
-            == (len(self.mtp_windows) > 0)
-            and self.mtp_steps >= 0,
-        }
-        for message, holds in requirements.items():
+        layers, mtp_layers = self.num_hidden_layers, len(self.mtp_windows)
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        dense, limits = self.first_k_dense_replace, self.swiglu_limits
+        rules = [
+            (layers > 0, "the model needs at least one layer, got windows=()"),
+            (
+                all(w >= 0 for w in (*self.windows, *self.mtp_windows)),
+                f"windows must be >= 0, got {self.windows} and mtp_windows {self.mtp_windows}",
+            ),
+            (
+                heads % kv_heads == 0,
+                f"num_attention_heads ({heads}) must be a multiple of "
+                f"num_key_value_heads ({kv_heads})",
+            ),
+            (self.head_dim % 2 == 0, f"head_dim must be even for RoPE, got {self.head_dim}"),
+            (
+                self.num_experts_per_tok <= self.num_experts,
+                f"num_experts_per_tok ({self.num_experts_per_tok}) must not exceed num_experts "
+                f"({self.num_experts})",
+            ),
+            (
+                0 <= dense <= layers,
+                f"first_k_dense_replace must lie in 0..{layers}, got {dense}",
+            ),
+            (
+                self.num_shared_experts >= 0,
+                f"num_shared_experts must be >= 0, got {self.num_shared_experts}",
+            ),
+            (
+                len(limits) == layers,
+                f"swiglu_limits must have one entry per layer ({layers}), got {len(limits)}",
+            ),
+            (all(x >= 0 for x in limits), f"swiglu_limits must be >= 0, got {limits}"),
+            (
+                self.mtp_steps >= 1 if mtp_layers else self.mtp_steps == 0,
+                f"mtp_steps must be >= 1 with an MTP layer and 0 without, got {self.mtp_steps} "
+                f"with {mtp_layers} layers",
+            ),
+        ]
+        for holds, message in rules:
             if not holds:
                 raise ConfigError(message)
         for token in (self.bos_token_id, self.pad_token_id, *self.eos_token_ids):
@@ -148,7 +160,7 @@ class Config:
 
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | os.PathLike[str]) -> Config:
-        """From a Hugging Face `config.json`: a parsed dict, the file, or the folder that holds it."""
+        """From a Hugging Face `config.json`: a parsed dict, the file, or the folder with it."""
         from .hf_config import from_hf
 
         return from_hf(source)
@@ -197,55 +209,55 @@ class Config:
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "k-exaone-236b": dict(
-        vocab_size=153_600,
-        hidden_size=6144,
-        intermediate_size=18_432,
-        moe_intermediate_size=2048,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_experts=128,
-        windows=(128, 128, 128, 0) * 12,
-    ),
-    "k-exaone-2-750b": dict(
-        vocab_size=153_600,
-        hidden_size=6144,
-        intermediate_size=18_432,
-        moe_intermediate_size=2048,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        head_dim=128,
-        num_experts=256,
-        windows=(0, 4096) + (128, 128, 128, 0) * 19,
-        first_k_dense_replace=2,
-        swiglu_limits=(0.0,) * 62 + (7.0,) * 16,
-        mtp_steps=4,
-    ),
-    "mid": dict(
-        vocab_size=32_000,
-        hidden_size=1024,
-        intermediate_size=3072,
-        moe_intermediate_size=512,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        head_dim=128,
-        num_experts=32,
-        windows=(128, 128, 128, 0) * 3,
-    ),
+    "k-exaone-236b": {
+        "vocab_size": 153_600,
+        "hidden_size": 6144,
+        "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_experts": 128,
+        "windows": (128, 128, 128, 0) * 12,
+    },
+    "k-exaone-2-750b": {
+        "vocab_size": 153_600,
+        "hidden_size": 6144,
+        "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "num_experts": 256,
+        "windows": (0, 4096) + (128, 128, 128, 0) * 19,
+        "first_k_dense_replace": 2,
+        "swiglu_limits": (0.0,) * 62 + (7.0,) * 16,
+        "mtp_steps": 4,
+    },
+    "mid": {
+        "vocab_size": 32_000,
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "moe_intermediate_size": 512,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "num_experts": 32,
+        "windows": (128, 128, 128, 0) * 3,
+    },
     # bytes are tokens 0..255; the head's width stays a multiple of 32
-    "mini": dict(
-        vocab_size=288,
-        hidden_size=128,
-        intermediate_size=384,
-        moe_intermediate_size=64,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_experts=32,
-        windows=(64, 64, 64, 0) * 2,
-        bos_token_id=256,
-        eos_token_ids=(257,),
-        pad_token_id=258,
-    ),
+    "mini": {
+        "vocab_size": 288,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "moe_intermediate_size": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_experts": 32,
+        "windows": (64, 64, 64, 0) * 2,
+        "bos_token_id": 256,
+        "eos_token_ids": (257,),
+        "pad_token_id": 258,
+    },
 }

@@ -38,7 +38,7 @@ def _expand(scale: Tensor, shape: torch.Size) -> Tensor:
 
 def quantize(weight: Tensor) -> Quantized:
     """Round a weight [..., R, C] to block-scaled e4m3; the largest value of a block becomes 448."""
-    *batch, rows, cols = weight.shape
+    rows, cols = weight.shape[-2:]
     padded = F.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     peak = blocks.abs().amax(dim=(-3, -1))

@@ -118,7 +118,11 @@ class _Run:
         self.device = weight.device
         longest = max(map(len, prompts))
         self.cache = Cache(
-            model.config, len(prompts), like=weight.detach(), chunk=min(chunk, longest), drafts=drafts
+            model.config,
+            len(prompts),
+            like=weight.detach(),
+            chunk=min(chunk, longest),
+            drafts=drafts,
         )
         self.cache.reserve(longest + max_new_tokens)
         self.generator = sampling.generator(self.device)
@@ -143,7 +147,7 @@ class _Run:
         if drafts and model.mtp is None:
             raise ValueError("drafts need an MTP block, and this model has none: use drafts=0")
         for prompt in prompts:
-            if not (0 <= min(prompt) and max(prompt) < cfg.vocab_size):
+            if not (min(prompt) >= 0 and max(prompt) < cfg.vocab_size):
                 wrong = next(t for t in prompt if not 0 <= t < cfg.vocab_size)
                 raise ValueError(f"token {wrong} is outside the vocabulary of {cfg.vocab_size}")
         needed = max(map(len, prompts)) + max_new
@@ -197,7 +201,9 @@ class _Run:
     def _tensor(self, tokens: list[int]) -> Tensor:
         return torch.tensor(tokens, dtype=torch.int64, device=self.device)
 
-    def _probabilities(self, logits: Tensor, rows: list[int], extra: Tensor | None = None) -> Tensor:
+    def _probabilities(
+        self, logits: Tensor, rows: list[int], extra: Tensor | None = None
+    ) -> Tensor:
         """Distributions for logits [R, V], after the drafts `extra` [R, n] if given."""
         if not self.sampling.presence_penalty:
             return self.sampling.probabilities(logits)

@@ -15,14 +15,27 @@ from typing import Any
 from .config import FULL, SLIDING, Config, ConfigError
 
 ARCHITECTURES = ("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM")
-PLAIN = (
-    "vocab_size hidden_size intermediate_size moe_intermediate_size num_attention_heads "
-    "num_key_value_heads num_experts"
-).split()
-OPTIONAL = (
-    "num_experts_per_tok num_shared_experts routed_scaling_factor norm_topk_prob rms_norm_eps "
-    "initializer_range max_position_embeddings tie_word_embeddings bos_token_id pad_token_id"
-).split()
+PLAIN = [
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_experts",
+]
+OPTIONAL = [
+    "num_experts_per_tok",
+    "num_shared_experts",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "rms_norm_eps",
+    "initializer_range",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "pad_token_id",
+]
 # the only value this architecture has for each; another one means another model
 FIXED = {
     "hidden_act": ("silu",),
@@ -47,7 +60,9 @@ def from_hf(source: dict[str, Any] | str | os.PathLike[str]) -> Config:
         raise ConfigError(f"num_hidden_layers must be a positive integer, got {layers!r}")
     fields = {name: hf[name] for name in PLAIN}
     fields |= {name: hf[name] for name in OPTIONAL if hf.get(name) is not None}
-    fields |= {name: None for name in ("bos_token_id", "pad_token_id") if name in hf and hf[name] is None}
+    fields |= {
+        name: None for name in ("bos_token_id", "pad_token_id") if name in hf and hf[name] is None
+    }
     head_dim = hf.get("head_dim")
     if head_dim is None:
         head_dim, rest = divmod(hf["hidden_size"], hf["num_attention_heads"])
@@ -101,7 +116,9 @@ def to_hf(config: Config) -> dict[str, Any]:
         "mtp_num_speculative_steps": config.mtp_steps,
     }
     # transformers turns RoPE on everywhere exactly when sliding_window is null
-    hf["sliding_window"] = windowed[0] if len(windowed) == 1 else None if not windowed else min(windowed)
+    hf["sliding_window"] = (
+        windowed[0] if len(windowed) == 1 else None if not windowed else min(windowed)
+    )
     if len(windowed) > 1:
         # one number cannot state several windows: the list alone does
         del hf["sliding_window"]
@@ -183,7 +200,9 @@ def _windows(hf: dict[str, Any], layers: int) -> tuple[int, ...]:
         if window is not None and len(distinct) == 1 and window not in distinct:
             raise ConfigError(f"sliding_window {window} contradicts sliding_windows {distinct}")
         return tuple(listed)
-    if any(sliding) and (not isinstance(window, int) or window < 1):
+    if not any(sliding):
+        return (0,) * layers
+    if not isinstance(window, int) or window < 1:
         raise ConfigError(f"windowed layers need sliding_window >= 1, got {window!r}")
     return tuple(window if s else 0 for s in sliding)
 
@@ -197,7 +216,9 @@ def _pattern(hf: dict[str, Any], layers: int) -> list[bool]:
         return [(i + 1) % pattern != 0 for i in range(layers)]
     if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
         return [pattern[i % len(pattern)] == "L" for i in range(layers)]
-    raise ConfigError(f"sliding_window_pattern must be a period or a string of L and G, got {pattern!r}")
+    raise ConfigError(
+        f"sliding_window_pattern must be a period or a string of L and G, got {pattern!r}"
+    )
 
 
 def _dense_layers(hf: dict[str, Any], layers: int) -> int:

@@ -1,4 +1,4 @@
-"""Ragged batches: sequences of different lengths laid end to end, and back to a padded rectangle."""
+"""Ragged batches: sequences of different lengths laid end to end, and back to a rectangle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From logits to tokens: temperature, top-k, top-p, presence penalty, and speculative acceptance."""
+"""From logits to tokens: temperature, top-k, top-p, presence penalty, speculative acceptance."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ class Verdict:
     following: Tensor
 
 
-def verify(
-    target: Tensor, proposed: Tensor, drafts: Tensor, generator: torch.Generator
-) -> Verdict:
+def verify(target: Tensor, proposed: Tensor, drafts: Tensor, generator: torch.Generator) -> Verdict:
     """Speculative rejection sampling (Leviathan et al., arXiv 2211.17192).
 
     A draft d stands with probability min(1, p(d) / q(d)); after the first that falls, a token is

@@ -204,7 +204,7 @@ class KExaone(nn.Module):
         step: int = 0,
         cache: Cache | None = None,
     ) -> Tensor:
-        """MTP hidden states [N, H] of tokens whose successors are `next_ids_N`; advances the cache."""
+        """MTP hidden states [N, H] of tokens with successors `next_ids_N`; advances the cache."""
         if self.mtp is None:
             raise ValueError("this model has no MTP block (mtp_windows is empty)")
         embedded = self.model.embed_tokens(next_ids_N)

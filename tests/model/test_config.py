@@ -14,29 +14,29 @@ from kexaone import Config, KExaone
 from kexaone.model.config import PRESETS, ConfigError
 
 # as the released config states the model, with none of our own defaults
-RELEASED = dict(
-    model_type="exaone_moe",
-    architectures=["ExaoneMoEForCausalLM"],
-    hidden_size=6144,
-    num_hidden_layers=48,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    head_dim=128,
-    intermediate_size=18432,
-    vocab_size=153600,
-    num_experts=128,
-    num_experts_per_tok=8,
-    num_shared_experts=1,
-    moe_intermediate_size=2048,
-    routed_scaling_factor=2.5,
-    sliding_window=128,
-    sliding_window_pattern="LLLG",
-    rope_theta=1000000,
-    is_moe_layer=[0] + [1] * 47,
-    bos_token_id=1,
-    eos_token_id=53,
-    pad_token_id=0,
-)
+RELEASED = {
+    "model_type": "exaone_moe",
+    "architectures": ["ExaoneMoEForCausalLM"],
+    "hidden_size": 6144,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 18432,
+    "vocab_size": 153600,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": 2048,
+    "routed_scaling_factor": 2.5,
+    "sliding_window": 128,
+    "sliding_window_pattern": "LLLG",
+    "rope_theta": 1000000,
+    "is_moe_layer": [0] + [1] * 47,
+    "bos_token_id": 1,
+    "eos_token_id": 53,
+    "pad_token_id": 0,
+}
 
 
 def test_released_counts_are_exact():
@@ -62,8 +62,9 @@ def test_counts_match_the_instantiated_model(name):
     counts = config.parameter_counts()
     assert sum(sizes.values()) == counts["total"]
     assert sum(n for k, n in sizes.items() if k.startswith("mtp.")) == counts["mtp"]
-    assert sum(n for k, n in sizes.items() if ".self_attn." in k and "mtp" not in k) == (
-        counts["attention"]
+    assert (
+        sum(n for k, n in sizes.items() if ".self_attn." in k and "mtp" not in k)
+        == (counts["attention"])
     )
     assert sum(n for k, n in sizes.items() if ".experts." in k) == counts["routed_experts"]
     assert sum(n for k, n in sizes.items() if ".gate." in k) == counts["router"]

@@ -1,0 +1,232 @@
+"""Muon for hidden matrices and AdamW for everything else, under one learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .moe import Experts
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+STACK_ELEMENTS = 1 << 24
+"""Matrices are orthogonalized in stacks of at most this many elements, to bound the memory."""
+
+
+def orthogonalize(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Tensor:
+    """Roughly U V^T of each matrix's singular value decomposition, by Newton-Schulz iteration.
+
+    Singular values above about 1e-3 of the Frobenius norm end near 1 (0.7 .. 1.2), which is all
+    that Muon needs (kellerjordan.github.io/posts/muon). A zero matrix stays zero.
+
+    Args:
+        matrices: [..., rows, columns]; fastest with rows <= columns.
+
+    Returns:
+        The same shape and dtype; computed in bfloat16 on a GPU and in float32 on a CPU.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).float()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
+    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
+    if x.is_cuda:
+        x = x.bfloat16()
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    x = x.view(shape)
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
+    """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
+    return nn.utils.clip_grad_norm_(parameters, limit)
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """A parameter that Muon updates: `count` matrices of equal shape, laid one after another."""
+
+    parameter: nn.Parameter
+    momentum: Tensor
+    rows: int
+    columns: int
+
+    def wide(self, x: Tensor) -> Tensor:
+        """A view of `x`, shaped like the parameter, as [count, shorter side, longer side]."""
+        x = x.view(-1, self.rows, self.columns)
+        return x.mT if self.rows > self.columns else x
+
+    @property
+    def stack_key(self) -> tuple[int, int, torch.device]:
+        short, long = sorted((self.rows, self.columns))
+        return short, long, self.parameter.device
+
+
+@dataclass(frozen=True)
+class _Elements:
+    """A parameter that AdamW updates, with its running mean, mean square and step count."""
+
+    parameter: nn.Parameter
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+    decays: bool
+
+
+class MuonAdamW:
+    """Muon (scaled to AdamW's update size, arXiv 2502.16982) and AdamW over one model.
+
+    Muon takes the two-dimensional weights other than embedding and output head, router included,
+    and the experts' stacked weights: `gate_up_proj` [E, 2I, H] is 2E matrices of [I, H]. Its
+    update is the orthogonalized Nesterov momentum times 0.2 * sqrt(max(rows, columns)). AdamW
+    takes the rest. Weight decay is decoupled and spares one-dimensional weights (norms).
+
+    A parameter whose gradient is None is left alone, its state included.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        if weight_decay < 0 or eps <= 0 or not all(0 <= x < 1 for x in (momentum, *betas)):
+            raise ValueError(
+                f"need weight_decay >= 0, eps > 0 and momentum and betas in [0, 1), got "
+                f"{weight_decay}, {eps}, {momentum} and {betas}"
+            )
+        self.weight_decay, self.momentum, self.betas, self.eps = weight_decay, momentum, betas, eps
+        self._muon: dict[str, _Matrices] = {}
+        self._adamw: dict[str, _Elements] = {}
+        shapes = _matrix_shapes(model)
+        for name, parameter in model.named_parameters():
+            if parameter in shapes:
+                state = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                self._muon[name] = _Matrices(parameter, state.detach(), *shapes[parameter])
+            else:
+                zeros = torch.zeros_like(parameter).detach()
+                step = torch.zeros((), dtype=torch.int64)
+                self._adamw[name] = _Elements(
+                    parameter, zeros, zeros.clone(), step, decays=parameter.dim() > 1
+                )
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [x.parameter for x in (*self._muon.values(), *self._adamw.values())]
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Update every parameter that has a gradient."""
+        stacks: dict[tuple[int, int, torch.device], list[_Matrices]] = {}
+        for matrices in self._muon.values():
+            if matrices.parameter.grad is not None:
+                stacks.setdefault(matrices.stack_key, []).append(matrices)
+        for same_shape in stacks.values():
+            for stack in _bounded(same_shape):
+                self._muon_step(stack, lr)
+        for elements in self._adamw.values():
+            if elements.parameter.grad is not None:
+                self._adamw_step(elements, elements.parameter.grad, lr)
+
+    def _muon_step(self, stack: list[_Matrices], lr: float) -> None:
+        updates = []
+        for m in stack:
+            grad = m.parameter.grad
+            assert grad is not None
+            grad = grad.contiguous()
+            m.momentum.lerp_(grad, 1 - self.momentum)
+            updates.append(m.wide(torch.lerp(grad, m.momentum, self.momentum)))
+        counts = [len(update) for update in updates]
+        directions = orthogonalize(torch.cat(updates)).split(counts)
+        for m, direction in zip(stack, directions, strict=True):
+            m.parameter.mul_(1 - lr * self.weight_decay)
+            scale = 0.2 * math.sqrt(max(m.rows, m.columns))
+            m.wide(m.parameter).add_(direction, alpha=-lr * scale)
+
+    def _adamw_step(self, p: _Elements, grad: Tensor, lr: float) -> None:
+        beta1, beta2 = self.betas
+        p.step.add_(1)
+        taken = int(p.step)
+        if p.decays:
+            p.parameter.mul_(1 - lr * self.weight_decay)
+        p.mean.lerp_(grad, 1 - beta1)
+        p.square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        deviation = p.square.sqrt().div_(math.sqrt(1 - beta2**taken)).add_(self.eps)
+        p.parameter.addcdiv_(p.mean, deviation, value=-lr / (1 - beta1**taken))
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, matrices in self._muon.items():
+            yield f"{name}.momentum", matrices.momentum
+        for name, elements in self._adamw.items():
+            yield f"{name}.mean", elements.mean
+            yield f"{name}.square", elements.square
+            yield f"{name}.step", elements.step
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All state as a flat dict of tensors, which share memory with this optimizer."""
+        return dict(self._state())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state_dict`, copying its values.
+
+        Raises:
+            ValueError: if names, shapes or dtypes are not those of this optimizer.
+        """
+        own = self.state_dict()
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise ValueError(f"optimizer state does not fit the model: {', '.join(odd[:4])}")
+        for name, tensor in own.items():
+            given = state[name]
+            if given.shape != tensor.shape or given.dtype != tensor.dtype:
+                raise ValueError(
+                    f"optimizer state {name} must be {tensor.dtype} {tuple(tensor.shape)}, got "
+                    f"{given.dtype} {tuple(given.shape)}"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def _matrix_shapes(model: nn.Module) -> dict[nn.Parameter, tuple[int, int]]:
+    """Rows and columns of the matrices in each parameter that belongs to Muon."""
+    shapes: dict[nn.Parameter, tuple[int, int]] = {}
+    outer: set[nn.Parameter] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            _, double, hidden = module.gate_up_proj.shape
+            shapes[module.gate_up_proj] = (double // 2, hidden)
+            shapes[module.down_proj] = (hidden, double // 2)
+            continue
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.Embedding) or name.split(".")[-1] == "lm_head":
+            outer.update(own)
+        shapes |= {p: (p.shape[0], p.shape[1]) for p in own if p.dim() == 2}
+    return {p: shape for p, shape in shapes.items() if p not in outer}
+
+
+def _bounded(same_shape: list[_Matrices]) -> Iterator[list[_Matrices]]:
+    """Consecutive stacks of at most STACK_ELEMENTS elements, or of a single parameter."""
+    stack: list[_Matrices] = []
+    elements = 0
+    for matrices in same_shape:
+        size = matrices.parameter.numel()
+        if stack and elements + size > STACK_ELEMENTS:
+            yield stack
+            stack, elements = [], 0
+        stack.append(matrices)
+        elements += size
+    if stack:
+        yield stack
