@@ -78,8 +78,8 @@ class Cache:
     """State of `batch` sequences during generation: all layers of the decoder and of the MTP block.
 
     `lengths[b]` counts the tokens of sequence `b` that the decoder has seen, `mtp_lengths[b]` those
-    that the MTP block has. A call may bring at most `chunk` tokens per sequence, and at most
-    `drafts` tokens may be taken back by `truncate`.
+    that the MTP block has. A call may bring at most `chunk` tokens per sequence, and `truncate` may
+    go back to at most `drafts` tokens below the longest that a sequence has been.
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Cache:
         self.mtp_layers = [layer(w) for w in config.mtp_windows] if drafts else []
         self.lengths = [0] * batch
         self.mtp_lengths = [0] * batch
+        self._longest = {mtp: [0] * batch for mtp in (False, True)}
 
     @property
     def nbytes(self) -> int:
@@ -117,8 +118,7 @@ class Cache:
 
     def packing(self, lengths: list[int], *, mtp: bool = False) -> Packing:
         """The packing of `lengths` new tokens after what the cache holds. Raises ValueError."""
-        if len(lengths) != len(self.lengths):
-            raise ValueError(f"cache holds {len(self.lengths)} sequences, got {len(lengths)}")
+        self._check_batch(lengths)
         if max(lengths, default=0) > self.chunk:
             raise ValueError(
                 f"at most {self.chunk} tokens per sequence and call fit this cache, got "
@@ -136,16 +136,24 @@ class Cache:
     def truncate(self, lengths: list[int], *, mtp: bool = False) -> None:
         """Forget all tokens at or after `lengths[b]`: the rollback of rejected drafts.
 
-        Raises ValueError if that takes back more than `drafts` tokens (a ring has already
-        overwritten what they hid) or would lengthen a sequence.
+        Raises ValueError if that goes back more than `drafts` tokens below the longest that the
+        sequence has been (its ring may have overwritten what they hid) or would lengthen it.
         """
         held = self.mtp_lengths if mtp else self.lengths
-        for new, old in zip(lengths, held, strict=True):
-            if not old - self.drafts <= new <= old:
+        self._check_batch(lengths)
+        longest = list(map(max, self._longest[mtp], held))
+        for new, old, most in zip(lengths, held, longest, strict=True):
+            least = max(0, most - self.drafts)
+            if not least <= new <= old:
                 raise ValueError(
-                    f"can take back 0..{self.drafts} tokens, asked to go from {old} to {new}"
+                    f"a sequence of {old} tokens can go back to {least} at least, got {new}"
                 )
+        self._longest[mtp] = longest
         held[:] = lengths
+
+    def _check_batch(self, lengths: list[int]) -> None:
+        if len(lengths) != len(self.lengths):
+            raise ValueError(f"cache holds {len(self.lengths)} sequences, got {len(lengths)}")
 
 
 def cache_bytes(

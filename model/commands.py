@@ -204,7 +204,7 @@ def demo(
     data: DataPaths = None,
     minutes: Annotated[float, typer.Option(help="Training time to aim for.")] = 2.5,
     drafts: Annotated[int, typer.Option(help="MTP drafts per step.")] = 2,
-    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 400,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
     json: JsonPath = None,
 ) -> None:

@@ -6,7 +6,9 @@ The released FP8 checkpoint stores `W = W_fp8 * scale` with `scale` of shape
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,9 @@ def quantize(weight: Tensor) -> Quantized:
     padded = F.pad(weight.float(), (0, -cols % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(-1, (-1, BLOCK)).unflatten(-3, (-1, BLOCK))
     peak = blocks.abs().amax(dim=(-3, -1))
-    scale = torch.where(peak > 0, peak / E4M3_MAX, 1.0)
+    # a scale below the normal numbers would lose its precision, or be zero
+    scale = (peak / E4M3_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(peak > 0, scale, 1.0)
     values = (weight.float() / _expand(scale, weight.shape)).clamp(-E4M3_MAX, E4M3_MAX)
     return Quantized(values.to(torch.float8_e4m3fn), scale)
 
@@ -60,6 +64,16 @@ class Fp8Linear(nn.Module):
         self.weight = nn.Parameter(values, requires_grad=False)
         self.register_buffer("weight_scale", scale)
         self.weight_scale: Tensor
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Fp8Linear:
+        # model.to(bfloat16) must neither widen the values nor round the scales
+        values, scale = self.weight.detach(), self.weight_scale
+        super()._apply(fn, recurse)
+        if self.weight.dtype != values.dtype:
+            moved = values.to(self.weight.device)
+            self.weight = nn.Parameter(moved, requires_grad=False)
+        self.weight_scale = scale.to(self.weight.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, dequantize(self.weight, self.weight_scale, dtype=x.dtype))

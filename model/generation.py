@@ -23,6 +23,7 @@ from .transformer import KExaone
 class Statistics:
     """What a generation did. `accepted_at[i]` counts steps whose draft i+1 stood."""
 
+    sequences: int
     prompt_tokens: int
     new_tokens: int
     steps: int
@@ -42,8 +43,9 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens per second of decoding, prefill excluded."""
-        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
+        """Tokens per second of decoding; the first of each sequence comes from its prefill."""
+        decoded = self.new_tokens - self.sequences
+        return decoded / self.decode_seconds if self.decode_seconds else 0.0
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class _Run:
 
     def statistics(self) -> Statistics:
         return Statistics(
+            sequences=len(self.prompts),
             prompt_tokens=sum(map(len, self.prompts)),
             new_tokens=sum(map(len, self.outputs)),
             steps=self.step_count,

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLOAT32 = torch.finfo(torch.float32)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.
 
     temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary. presence_penalty is
-    subtracted from the logit of every token that was already generated. The same seed gives the
-    same tokens on one device; None draws a fresh seed.
+    subtracted from the logit of every token that was already generated. Among equal logits the
+    lower index goes first. The same seed gives the same tokens on one device; None draws a fresh
+    seed.
 
     Raises ValueError if a value is out of range.
     """
@@ -32,8 +35,10 @@ class Sampling:
             raise ValueError(f"top_k must be >= 0, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if not abs(self.presence_penalty) < float("inf"):
-            raise ValueError(f"presence_penalty must be finite, got {self.presence_penalty}")
+        if not abs(self.presence_penalty) <= FLOAT32.max:
+            raise ValueError(
+                f"presence_penalty must be finite in float32, got {self.presence_penalty}"
+            )
 
     def generator(self, device: torch.device) -> torch.Generator:
         generator = torch.Generator(device)
@@ -55,16 +60,22 @@ class Sampling:
         if self.temperature == 0:
             best = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
             return torch.zeros_like(logits).scatter_(-1, best, 1.0)
-        # subtracting the peak first keeps a tiny temperature from overflowing
-        scaled = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        # the peak becomes 0, and a divisor that float32 holds keeps it so: no 0 / 0, no overflow
+        peak = logits.amax(-1, keepdim=True)
+        scaled = (logits - peak) / max(self.temperature, FLOAT32.tiny)
         if self.top_k and self.top_k < logits.shape[-1]:
-            kept = scaled.topk(self.top_k, dim=-1)
-            scaled = torch.full_like(scaled, -torch.inf).scatter(-1, kept.indices, kept.values)
+            # topk leaves open which of several equal logits it takes, so only its last value counts
+            last = logits.topk(self.top_k, dim=-1).values[..., -1:]
+            above, equal = logits > last, logits == last
+            free = self.top_k - above.sum(-1, keepdim=True)
+            kept = above | (equal & (equal.cumsum(-1) <= free))
+            scaled = scaled.masked_fill(~kept, -torch.inf)
         probabilities = scaled.softmax(-1)
         if self.top_p < 1:
             ordered, index = probabilities.sort(dim=-1, descending=True, stable=True)
             # a token stays if the mass before it has not reached top_p: the first always does
-            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= self.top_p, 0.0)
+            least = max(self.top_p, FLOAT32.tiny)
+            ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= least, 0.0)
             probabilities = torch.zeros_like(probabilities).scatter(-1, index, ordered)
             probabilities = probabilities / probabilities.sum(-1, keepdim=True)
         return probabilities

@@ -1,11 +1,61 @@
-"""transformers' ExaoneMoe as an outside oracle, with the same weights as ours."""
+"""Random small models, and transformers' ExaoneMoe as an outside oracle with the same weights."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import strategies as st
 from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
 
 from kexaone import Config, KExaone
+from kexaone.model.moe import MoE
+
+
+@st.composite
+def configs(draw, smallest_window: int = 1) -> Config:
+    kv_heads = draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 5))
+    experts = draw(st.integers(2, 9))
+    window = draw(st.integers(smallest_window, 9))
+    sliding = draw(st.lists(st.booleans(), min_size=layers, max_size=layers))
+    return Config(
+        vocab_size=61,
+        hidden_size=draw(st.sampled_from([16, 24, 40])),
+        intermediate_size=draw(st.sampled_from([24, 32])),
+        moe_intermediate_size=draw(st.sampled_from([8, 20])),
+        num_attention_heads=kv_heads * draw(st.integers(1, 4)),
+        num_key_value_heads=kv_heads,
+        head_dim=draw(st.sampled_from([4, 8, 16])),
+        num_experts=experts,
+        num_experts_per_tok=draw(st.integers(1, experts)),
+        num_shared_experts=draw(st.integers(1, 2)),
+        first_k_dense_replace=draw(st.integers(0, layers)),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])),
+        norm_topk_prob=draw(st.booleans()),
+        windows=tuple(window if s else 0 for s in sliding),
+        rope_theta=draw(st.sampled_from([1e4, 1e6])),
+        max_position_embeddings=4096,
+        eos_token_ids=(),
+        pad_token_id=None,  # transformers gives the padding row no gradient
+    )
+
+
+def routing_margin(model: KExaone, ids: torch.Tensor) -> float:
+    """Smallest distance between the last chosen and the first rejected biased score."""
+    margins = [1.0]
+
+    def record(module, args, output):
+        k = module.gate.top_k
+        scores = output[1].scores_TE + module.gate.e_score_correction_bias
+        ordered = scores.sort(-1, descending=True).values
+        if k < ordered.shape[-1]:
+            margins.append((ordered[:, k - 1] - ordered[:, k]).min().item())
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if isinstance(m, MoE)]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return min(margins)
 
 
 def transformers_model(model: KExaone) -> ExaoneMoeForCausalLM:
