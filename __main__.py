@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import cast
 
-import click
 import typer
 
 from .model import commands
 
-app = typer.Typer(
-    help="K-EXAONE: train, generate, inspect.", no_args_is_help=True, add_completion=False
-)
+# typer has its own copy of click in some versions and not in others: ask for what it raises
+UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
+
+app = typer.Typer(help="K-EXAONE: train, generate, inspect.", add_completion=False)
 for command in (commands.demo, commands.train, commands.generate, commands.info):
     app.command()(command)
 
@@ -24,19 +25,16 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        code = app(arguments, prog_name="kexaone", standalone_mode=False)
-    except click.exceptions.NoArgsIsHelpError as error:
-        print(error.format_message())
-        code = 2
-    except (click.Abort, KeyboardInterrupt):
+        code = app(arguments or ["--help"], prog_name="kexaone", standalone_mode=False)
+    except (typer.Abort, KeyboardInterrupt):
         if debug:
             raise
         print("interrupted", file=sys.stderr)
         code = 130
-    except (click.ClickException, ValueError, OSError) as error:
+    except (UsageError, ValueError, OSError) as error:
         if debug:
             raise
-        text = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        text = error.format_message() if isinstance(error, UsageError) else str(error)
         print("error:", " ".join(text.split()), file=sys.stderr)
         code = 2
     raise SystemExit(code)

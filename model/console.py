@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def check_writable(*paths: Path | None) -> None:
             raise ValueError(f"cannot write {path}: no such folder {parent}")
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder")
+
+
+def check_folder(path: Path) -> None:
+    """Fail before a long run if results could not be saved in `path`. Raises ValueError."""
+    nearest = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"cannot save in {path}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot save in {path}: no permission to write in {nearest}")
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -153,7 +153,7 @@ class Windows:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of tokens, window length and seed: equal if and only if the batches are."""
+        """SHA-256 of all that decides the batches: tokens, window length and seed."""
         digest = hashlib.sha256(f"{self.length}/{self.seed}/".encode())
         for part in self.tokens.split(1 << 22):
             digest.update(part.to("cpu", torch.int64).numpy().tobytes())

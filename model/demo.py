@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from . import console as ui
 from .config import Config, ConfigError
 from .data import Windows, bigram_entropy
 from .generation import Generation, generate
@@ -43,13 +44,12 @@ class DemoOptions:
             raise ConfigError(f"drafts must lie in 1..8, got {self.drafts}")
         if self.tokens < 1:
             raise ConfigError(f"tokens must be >= 1, got {self.tokens}")
-        if self.out.exists() and not self.out.is_dir():
-            raise ConfigError(f"{self.out} is a file, and the demo needs a folder there")
 
 
 def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
     """Everything the demo prints, returned for `--json`."""
     config = Config.preset("mini")
+    ui.check_folder(options.out)
     corpus = read_data(options.data, config, None)
     options.out.mkdir(parents=True, exist_ok=True)
     windows = Windows(corpus.train, 256, seed=options.seed)

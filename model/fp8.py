@@ -70,9 +70,9 @@ class Fp8Linear(nn.Module):
         values, scale = self.weight.detach(), self.weight_scale
         super()._apply(fn, recurse)
         if self.weight.dtype != values.dtype:
-            moved = values.to(self.weight.device)
-            self.weight = nn.Parameter(moved, requires_grad=False)
-        self.weight_scale = scale.to(self.weight.device)
+            device = self.weight.device
+            self.weight = nn.Parameter(values.to(device), requires_grad=False)
+            self.weight_scale = scale.to(device)
         return self
 
     def forward(self, x: Tensor) -> Tensor:

@@ -179,7 +179,12 @@ class Trainer:
         return StepReport(self.steps_done, loss, next_token, mtp, balance, grad_norm, lr, tokens)
 
     def run(self, folder: str | os.PathLike[str], report: Callable[[StepReport], None]) -> None:
-        """Train up to `settings.steps`, saving under `folder` as set and at the end."""
+        """Train up to `settings.steps`, saving under `folder` as set and at the end.
+
+        Raises:
+            TrainingError: before the first step if `save` would refuse `folder`, or by `step`.
+        """
+        self._refuse_later(Path(folder))
         every, total = self.settings.save_every, self.settings.steps
         while self.steps_done < total:
             report(self.step())
@@ -203,38 +208,45 @@ class Trainer:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `folder`/step-NNNNNNNN, whole or not at all, and drop all but the last two.
 
-        The model lies in its sub-folder `model`, which `KExaone.from_pretrained` loads.
+        The model lies in its sub-folder `model`, which `KExaone.from_pretrained` loads. Only one
+        trainer may save under `folder` at a time: what a killed one left half-written is removed.
 
         Raises:
             TrainingError: if `folder` holds a later step: another run's, which must not mix.
+            OSError: if the disk is full or refuses; the earlier checkpoints are unchanged.
         """
         folder = Path(folder)
-        newest = latest(folder)
-        if newest is not None and _step_of(newest) > self.steps_done:
-            raise TrainingError(
-                f"{folder} holds {newest.name}, later than step {self.steps_done}; resume from "
-                f"it or use another folder"
-            )
+        self._refuse_later(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        _remove(folder, ".step-*.tmp-*")
         target = folder / f"step-{self.steps_done:08d}"
         record = {
             "settings": dataclasses.asdict(self.settings),
             "step": self.steps_done,
-            "next_batch": self.steps_done * self.settings.accumulation,
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "data": self.data.fingerprint,
         }
         with atomic_directory(target) as temporary:
             self.model.save_pretrained(temporary / MODEL)
             state = {k: v.contiguous() for k, v in self.optimizer.state_dict().items()}
-            save_file(state, temporary / OPTIMIZER)
+            try:
+                save_file(state, temporary / OPTIMIZER)
+            except SafetensorError as error:
+                raise OSError(f"cannot write {target / OPTIMIZER}: {error}") from error
             (temporary / TRAINER).write_text(json.dumps(record, indent=2) + "\n")
         for old in _whole(folder)[:-KEPT_CHECKPOINTS]:
             # renamed first: a kill in the middle must not leave half a folder under a good name
             old.rename(old.with_name(f".{old.name}.old"))
-        for doomed in folder.glob(".step-*.old"):
-            shutil.rmtree(doomed)
+        _remove(folder, ".step-*")
         return target
+
+    def _refuse_later(self, folder: Path) -> None:
+        newest = latest(folder)
+        if newest is not None and _step_of(newest) > self.steps_done:
+            raise TrainingError(
+                f"{folder} holds {newest.name}, later than step {self.steps_done}; resume from "
+                f"it or use another folder"
+            )
 
     @classmethod
     def resume(
@@ -252,7 +264,8 @@ class Trainer:
             device: where to train.
 
         Raises:
-            TrainingError: if there is no whole checkpoint or it cannot be read.
+            TrainingError: if there is no whole checkpoint, or its files cannot be read or do not
+                belong together.
             DataError: if `data` is not what the run was trained on.
         """
         source = Path(folder) if _step_of(Path(folder)) >= 0 else latest(folder)
@@ -262,22 +275,22 @@ class Trainer:
             record: dict[str, Any] = json.loads((source / TRAINER).read_text())
             settings = TrainSettings(**record["settings"])
             step, fingerprint = int(record["step"]), str(record["data"])
-            rng = bytearray(base64.b64decode(record["rng"], validate=True))
+            rng = _random_state(record["rng"])
             state = load_file(source / OPTIMIZER)
-        except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise TrainingError(f"cannot resume from {source}: {error}") from error
         if fingerprint != data.fingerprint:
             raise DataError(
                 f"{source} was trained on other data: text, window length or seed differ"
             )
-        model = KExaone.from_pretrained(source / MODEL).to(device)
-        trainer = cls(model, data, settings)
         try:
+            model = KExaone.from_pretrained(source / MODEL)
+            trainer = cls(model.to(device), data, settings)
             trainer.optimizer.load_state_dict(state)
         except ValueError as error:
             raise TrainingError(f"cannot resume from {source}: {error}") from error
         trainer.steps_done = step
-        torch.set_rng_state(torch.frombuffer(rng, dtype=torch.uint8))
+        torch.set_rng_state(rng)
         return trainer
 
 
@@ -297,3 +310,19 @@ def _whole(folder: Path) -> list[Path]:
 def _step_of(path: Path) -> int:
     match = re.fullmatch(r"step-(\d{8,})", path.name)
     return int(match[1]) if match else -1
+
+
+def _remove(folder: Path, pattern: str) -> None:
+    for doomed in folder.glob(pattern):
+        shutil.rmtree(doomed)
+
+
+def _random_state(text: str) -> Tensor:
+    """Torch's CPU random state from base64, checked but not set."""
+    data = bytearray(base64.b64decode(text, validate=True))
+    size = len(torch.get_rng_state())
+    if len(data) != size:
+        raise ValueError(f"the random state must have {size} bytes, got {len(data)}")
+    state = torch.frombuffer(data, dtype=torch.uint8)
+    torch.Generator().set_state(state)
+    return state

@@ -83,6 +83,7 @@ def read_data(paths: tuple[Path, ...], config: Config, tokenizer_folder: Path | 
 def run_training(options: Options, terminal: Console) -> dict[str, Any]:
     """Train as asked, show progress, save; returns the measurements for `--json`."""
     settings = TrainSettings(**options.settings)
+    ui.check_folder(options.out)
     config = Config.from_hf(options.model) if options.model else Config.preset(options.preset)
     if settings.sequence_length > config.max_position_embeddings:
         raise DataError(

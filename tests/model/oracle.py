@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
 
 from kexaone import Config, KExaone
@@ -83,3 +86,44 @@ def random_model(config: Config, *, seed: int = 0, std: float = 0.1) -> KExaone:
             noise = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(1 + 0.2 * noise if "norm" in name else std * noise)
     return model
+
+
+def small_config(**changes: object) -> Config:
+    """A config of a few thousand parameters that has every kind of layer."""
+    fields: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "windows": (3, 4, 0),
+        "max_position_embeddings": 4096,
+        "eos_token_ids": (),
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
+    return Config(**fields | changes)
+
+
+def fit_probability(counts: Tensor, probabilities: Tensor) -> float:
+    """Chance that draws from `probabilities` fit as badly as `counts`, by the G-test.
+
+    G = 2 sum O ln(O / E) follows the chi-square distribution of (cells - 1) degrees of freedom
+    where every E is large, so cells with E < 25 are pooled. A token that cannot occur and did has
+    probability 0.
+    """
+    counts, probabilities = counts.double().flatten(), probabilities.double().flatten()
+    if counts[probabilities == 0].any():
+        return 0.0
+    expected = probabilities / probabilities.sum() * counts.sum()
+    large = expected >= 25
+    cells = [torch.cat((x[large], x[~large].sum(0, keepdim=True))) for x in (counts, expected)]
+    observed, expected = (x[cells[1] > 0] for x in cells)
+    # xlogy is 0 for an empty cell
+    g = 2 * torch.special.xlogy(observed, observed / expected).sum()
+    freedom = torch.tensor((len(observed) - 1) / 2, dtype=torch.float64)
+    return float(torch.special.gammaincc(freedom, g.clamp(min=0) / 2)) if freedom else 1.0
