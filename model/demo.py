@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +55,23 @@ def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
     options.out.mkdir(parents=True, exist_ok=True)
     windows = Windows(corpus.train, 256, seed=options.seed)
     entropy = bigram_entropy(corpus.train, corpus.validation, vocab_size=config.vocab_size)
-    settings = _settings(options, config, windows)
+    settings = TrainSettings(
+        steps=MAX_STEPS, learning_rate=4e-3, decay_fraction=0.4, warmup=10, seed=options.seed
+    )
     torch.manual_seed(options.seed)
     trainer = Trainer(KExaone(config), windows, settings)
     terminal.print(
         f"training mini ({config.parameter_counts()['total']:,} parameters) on "
-        f"{len(corpus.train):,} bytes of text, {settings.steps} steps"
+        f"{len(corpus.train):,} bytes of text for {options.minutes:g} minutes"
     )
     start = time.perf_counter()
-    reports = train_with_progress(trainer, None, terminal)
+    budget = _Budget(trainer, options.minutes)
+    reports = train_with_progress(trainer, None, terminal, after_step=budget.plan)
     seconds = time.perf_counter() - start
     loss = validation_loss(trainer, corpus.validation)
     result: dict[str, Any] = {
         "parameters": config.parameter_counts()["total"],
-        "steps": settings.steps,
+        "steps": trainer.steps_done,
         "training_seconds": seconds,
         "training_tokens_per_second": sum(r.tokens for r in reports) / seconds,
         "losses": [[r.step, r.next_token, r.mtp] for r in reports],
@@ -85,32 +89,36 @@ def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
     return result | _compare_decoding(trainer.model.eval(), corpus, options, terminal)
 
 
-def _settings(options: DemoOptions, config: Config, windows: Windows) -> TrainSettings:
-    """As many steps as fit the time on this machine, judged by three steps of a throwaway model."""
+class _Budget:
+    """Plans as many steps as fit the time, anew after each: other programs may take turns.
 
-    def settings(steps: int) -> TrainSettings:
-        return TrainSettings(
-            steps=steps, learning_rate=4e-3, decay_fraction=0.4, warmup=10, seed=options.seed
-        )
+    The learning rate stays at its peak until the decay begins, so a new plan rewrites no past.
+    """
 
-    probe = Trainer(KExaone(config), windows, settings(3))
-    probe.step()
-    start = time.perf_counter()
-    probe.step()
-    probe.step()
-    per_step = (time.perf_counter() - start) / 2
-    return settings(max(MIN_STEPS, min(MAX_STEPS, int(60 * options.minutes / per_step))))
+    def __init__(self, trainer: Trainer, minutes: float) -> None:
+        self.trainer = trainer
+        self.seconds = 60 * minutes
+        self.start = time.perf_counter()
+
+    def plan(self) -> None:
+        done = self.trainer.steps_done
+        elapsed = time.perf_counter() - self.start
+        # the first step pays for allocations and would mislead
+        if done >= 3:
+            steps = max(MIN_STEPS, min(MAX_STEPS, int(done * self.seconds / elapsed)), done)
+            self.trainer.settings = replace(self.trainer.settings, steps=steps)
 
 
 def _prompts(tokens: torch.Tensor) -> list[list[int]]:
-    """Prompts that end at a line break, evenly spread over the held-out text."""
-    text = tokens.tolist()
+    """Prompts evenly spread over the held-out text, each ending after a line's first word."""
+    text = bytes(t if t < 256 else NEWLINE for t in tokens.tolist())
     prompts = []
     for i in range(PROMPTS):
         end = max(PROMPT_TOKENS, len(text) * (i + 1) // (PROMPTS + 1))
-        if NEWLINE in text[end:]:
-            end = text.index(NEWLINE, end) + 1
-        prompts.append(text[max(0, end - PROMPT_TOKENS) : end])
+        # a blank would let a small model indent for ever
+        if found := re.compile(rb"\n[A-Za-z]+ ").search(text, end):
+            end = found.end()
+        prompts.append(tokens[max(0, end - PROMPT_TOKENS) : end].tolist())
     return prompts
 
 
@@ -139,7 +147,7 @@ def _compare_decoding(
         prompts[:1],
         max_new_tokens=SAMPLED_TOKENS,
         drafts=options.drafts,
-        sampling=Sampling(temperature=0.7, top_p=0.95, seed=options.seed),
+        sampling=Sampling(temperature=0.8, top_p=0.95, seed=options.seed),
         stop_ids=(),
     )
     figures = {
@@ -149,12 +157,17 @@ def _compare_decoding(
         "tokens_per_second_speculative": speeds[1],
         "speedup": statistics.median(ratios),
         "acceptance": sum(r.statistics.accepted for r in fast) / proposed if proposed else None,
+        "acceptance_sampled": sampled.statistics.acceptance,
         "identical": [p.token_ids for p in plain] == [f.token_ids for f in fast],
         "prompt": corpus.tokenizer.decode(prompts[0]),
         "text": corpus.tokenizer.decode(sampled.token_ids[0]),
     }
     terminal.print("--- prompt, from held-out text ---\n" + figures["prompt"], soft_wrap=True)
-    terminal.print("--- continuation, sampled ---\n" + figures["text"], soft_wrap=True)
+    terminal.print(
+        f"--- continuation, sampled ({figures['acceptance_sampled']:.0%} of drafts accepted) ---\n"
+        + figures["text"],
+        soft_wrap=True,
+    )
     terminal.print(
         f"--- greedy decoding of {len(prompts)} prompts: {speeds[0]:.0f} tokens/s plain, "
         f"{speeds[1]:.0f} with {options.drafts} MTP drafts "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,19 +134,34 @@ def _trainer(
     return trainer
 
 
-def train_with_progress(trainer: Trainer, out: Path | None, terminal: Console) -> list[StepReport]:
-    """All remaining steps with a progress bar; saves under `out` unless it is None."""
+def train_with_progress(
+    trainer: Trainer,
+    out: Path | None,
+    terminal: Console,
+    *,
+    after_step: Callable[[], None] = lambda: None,
+) -> list[StepReport]:
+    """All remaining steps with a progress bar; saves under `out` unless it is None.
+
+    `after_step` may change the number of steps in the trainer's settings.
+    """
     reports: list[StepReport] = []
     with ui.progress(terminal) as bar:
-        total = trainer.settings.steps
-        task = bar.add_task("training", total=total, completed=trainer.steps_done, note="")
+        done, total = trainer.steps_done, trainer.settings.steps
+        task = bar.add_task("training", total=total, completed=done, note="")
 
         def show(report: StepReport) -> None:
             reports.append(report)
-            bar.update(task, completed=report.step, note=f"loss {report.next_token:.3f}")
+            after_step()
+            bar.update(
+                task,
+                completed=report.step,
+                total=trainer.settings.steps,
+                note=f"loss {report.next_token:.3f}",
+            )
 
         if out is None:
-            while trainer.steps_done < total:
+            while trainer.steps_done < trainer.settings.steps:
                 show(trainer.step())
         else:
             trainer.run(out, show)
