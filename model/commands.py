@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 from rich.table import Table
+from tokenizers import Tokenizer
 
 from . import console as ui
 from .cache import cache_bytes
@@ -91,8 +93,6 @@ def generate(
     json: JsonPath = None,
 ) -> None:
     """Continue a text with a checkpoint, streaming it as it comes."""
-    from tokenizers.decoders import DecodeStream
-
     from . import generation
     from .checkpoint import load
     from .tokenizer import load_tokenizer
@@ -111,13 +111,6 @@ def generate(
     tokenizer = load_tokenizer(model, Config.from_hf(model))
     ids = tokenizer.encode(text).ids
     network = load(model, dtype=ui.parse_dtype(dtype), device=str(ui.parse_device(device)))
-    stream = DecodeStream(skip_special_tokens=True)
-
-    def show(new: list[list[int]]) -> None:
-        for token in new[0]:
-            sys.stdout.write(stream.step(tokenizer, token) or "")
-        sys.stdout.flush()
-
     sys.stdout.write(text)
     result = generation.generate(
         network.eval(),
@@ -125,7 +118,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         drafts=drafts,
         sampling=sampling,
-        on_tokens=show,
+        on_tokens=_printer(tokenizer),
     )
     stats = result.statistics
     print(
@@ -144,6 +137,20 @@ def generate(
             "statistics": dataclasses.asdict(stats),
         },
     )
+
+
+def _printer(tokenizer: Tokenizer) -> Callable[[list[list[int]]], None]:
+    """Prints the new tokens of a single prompt as soon as they make whole characters."""
+    from tokenizers.decoders import DecodeStream
+
+    stream = DecodeStream(skip_special_tokens=True)
+
+    def show(new: list[list[int]]) -> None:
+        for token in new[0]:
+            sys.stdout.write(stream.step(tokenizer, token) or "")
+        sys.stdout.flush()
+
+    return show
 
 
 def _read_text(path: Path | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +12,10 @@ from transformers import ExaoneMoeConfig, ExaoneMoeForCausalLM
 
 from kexaone import Config, KExaone
 from kexaone.model.moe import MoE
+from kexaone.model.sampling import Sampling
+
+# how often a right distribution may look wrong to one statistical test
+FALSE_ALARM = 1e-6
 
 
 @st.composite
@@ -107,6 +112,23 @@ def small_config(**changes: object) -> Config:
         "pad_token_id": None,
     }
     return Config(**fields | changes)
+
+
+def defined(logits: list[float], seen: list[bool], sampling: Sampling) -> tuple[np.ndarray, float]:
+    """The distribution [V] by definition, and how far top_p is from the nearest sum compared to it."""
+    x = np.array(logits, dtype=np.float64) - sampling.presence_penalty * np.array(seen)
+    order = sorted(range(len(x)), key=lambda i: (-x[i], i))
+    if sampling.temperature == 0:
+        return np.eye(len(x))[order[0]], 1.0
+    kept = order[: sampling.top_k or None]
+    weights = np.exp((x[kept] - x[kept[0]]) / sampling.temperature)
+    weights /= weights.sum()
+    before = np.concatenate(([0.0], np.cumsum(weights)[:-1]))
+    if sampling.top_p < 1:
+        weights[before >= sampling.top_p] = 0
+    probabilities = np.zeros(len(x))
+    probabilities[kept] = weights / weights.sum()
+    return probabilities, float(np.abs(before - sampling.top_p).min())
 
 
 def fit_probability(counts: Tensor, probabilities: Tensor) -> float:

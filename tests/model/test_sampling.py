@@ -12,13 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from oracle import fit_probability
+from oracle import FALSE_ALARM, defined, fit_probability
 from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from kexaone.model.sampling import Sampling, draw, verify
 
-FALSE_ALARM = 1e-6
 DRAWS = 100_000
 CPU = torch.device("cpu")
 EXTREMES = (5e-324, 1e-46, 1e-38, 1e-10, 1e10, 1e38, 1e308)
@@ -30,23 +29,6 @@ temperatures = st.sampled_from([0.1, 0.5, 1.0, 1.7])
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def defined(logits: list[float], seen: list[bool], sampling: Sampling) -> tuple[np.ndarray, float]:
-    """The distribution by definition, and how far top_p is from the nearest sum it is held to."""
-    x = np.array(logits, dtype=np.float64) - sampling.presence_penalty * np.array(seen)
-    order = sorted(range(len(x)), key=lambda i: (-x[i], i))
-    if sampling.temperature == 0:
-        return np.eye(len(x))[order[0]], 1.0
-    kept = order[: sampling.top_k or None]
-    weights = np.exp((x[kept] - x[kept[0]]) / sampling.temperature)
-    weights /= weights.sum()
-    before = np.concatenate(([0.0], np.cumsum(weights)[:-1]))
-    if sampling.top_p < 1:
-        weights[before >= sampling.top_p] = 0
-    probabilities = np.zeros(len(x))
-    probabilities[kept] = weights / weights.sum()
-    return probabilities, float(np.abs(before - sampling.top_p).min())
 
 
 @given(
