@@ -115,7 +115,7 @@ def small_config(**changes: object) -> Config:
 
 
 def defined(logits: list[float], seen: list[bool], sampling: Sampling) -> tuple[np.ndarray, float]:
-    """The distribution [V] by definition, and how far top_p is from the nearest sum compared to it."""
+    """The distribution [V] by definition, and how far top_p is from the nearest sum beside it."""
     x = np.array(logits, dtype=np.float64) - sampling.presence_penalty * np.array(seen)
     order = sorted(range(len(x)), key=lambda i: (-x[i], i))
     if sampling.temperature == 0:
