@@ -1,0 +1,161 @@
+// tl.dot on packed tiles: register-blocked micro-kernels over panels of B.
+#pragma once
+#include "kx_cast.h"
+#include "kx_math.h"
+
+#define KX_UNROLL _Pragma("GCC unroll 32")
+
+namespace kx {
+
+constexpr int W = KX_VECTOR_BYTES / 4; // fp32 lanes of a register
+typedef V<float, W> fv;
+typedef V<uint32_t, W> uv;
+
+// c + odd products, then + even products; products of bf16 are exact in fp32, so every machine
+// gives the same bits (the instruction flushes subnormals)
+AI fv dot2(fv c, uv a, uv b) {
+#if defined(__AVX512BF16__)
+  asm("vdpbf16ps %2,%1,%0" : "+v"(c) : "v"(a), "v"(b));
+  return c;
+#else
+  c = mad(bits<fv>(a & 0xffff0000u), bits<fv>(b & 0xffff0000u), c);
+  return mad(bits<fv>(a << 16), bits<fv>(b << 16), c);
+#endif
+}
+
+// W x W words, transposed in log2(W) rounds of two-source shuffles
+AI void transpose(uv *r) {
+  KX_UNROLL for (int h = W / 2; h >= 1; h /= 2) {
+    uv low, high;
+    KX_UNROLL for (int j = 0; j < W; j++) {
+      low[j] = (j & h) ? W + j - h : j;
+      high[j] = (j & h) ? W + j : j + h;
+    }
+    KX_UNROLL for (int i = 0; i < W; i++)
+      if (!(i & h)) {
+        uv a = r[i], b = r[i + h];
+        r[i] = __builtin_shuffle(a, b, low);
+        r[i + h] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+
+// B [rows of words][N] from its transpose [N][K words]
+template <int N, int KW> static void transpose_words(const uint32_t *b, uint32_t *out) {
+  if constexpr (N % W == 0 && KW % W == 0) {
+    for (int n = 0; n < N; n += W)
+      for (int k = 0; k < KW; k += W) {
+        uv r[W];
+        KX_UNROLL for (int i = 0; i < W; i++) r[i] = load<uint32_t, W>(b + (n + i) * KW + k);
+        transpose(r);
+        KX_UNROLL for (int i = 0; i < W; i++) store<uint32_t, W>(out + (k + i) * N + n, r[i]);
+      }
+  } else
+    for (int k = 0; k < KW; k++)
+      for (int n = 0; n < N; n++) out[k * N + n] = b[n * KW + k];
+}
+
+// rows k and k + 1 of B [K][N] as words of pairs
+template <int N, int K> static void pair_rows(const uint16_t *b, uint32_t *out) {
+  for (int k = 0; k < K / 2; k++)
+    for (int n = 0; n < N; n += (N < W ? 1 : W)) {
+      const uint16_t *p = b + 2 * k * N + n;
+      if constexpr (N >= W)
+        store<uint32_t, W>(out + k * N + n, cast<uint32_t>(load<uint16_t, W>(p)) | (cast<uint32_t>(load<uint16_t, W>(p + N)) << 16));
+      else out[k * N + n] = p[0] | (uint32_t)p[N] << 16;
+    }
+}
+
+template <int MR, int NV>
+static void block_bf16(const uint16_t *a, int lda, const uint32_t *b, int ldb, float *c, int ldc, int pairs) {
+  fv s[MR][NV];
+  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = load<float, W>(c + i * ldc + j * W);
+  for (int k = 0; k < pairs; k++) {
+    uv r[NV];
+    KX_UNROLL for (int j = 0; j < NV; j++) r[j] = load<uint32_t, W>(b + k * ldb + j * W);
+    KX_UNROLL for (int i = 0; i < MR; i++) {
+      uint32_t x;
+      memcpy(&x, a + i * lda + 2 * k, 4);
+      KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = dot2(s[i][j], uv{} + x, r[j]);
+    }
+  }
+  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) store<float, W>(c + i * ldc + j * W, s[i][j]);
+}
+template <class T, int MR, int NV>
+static void block_fma(const T *a, int lda, const T *b, int ldb, T *c, int ldc, int depth) {
+  const int L = KX_VECTOR_BYTES / sizeof(T);
+  typedef V<T, L> R;
+  R s[MR][NV];
+  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = load<T, L>(c + i * ldc + j * L);
+  for (int k = 0; k < depth; k++) {
+    R r[NV];
+    KX_UNROLL for (int j = 0; j < NV; j++) r[j] = load<T, L>(b + k * ldb + j * L);
+    KX_UNROLL for (int i = 0; i < MR; i++) {
+      R x = R{} + a[i * lda + k];
+      KX_UNROLL for (int j = 0; j < NV; j++) {
+        if constexpr ((T)0.5 != 0) s[i][j] = fma(x, r[j], s[i][j]); else s[i][j] += x * r[j];
+      }
+    }
+  }
+  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) store<T, L>(c + i * ldc + j * L, s[i][j]);
+}
+
+// registers: 32 of 64 bytes (and on aarch64), 16 elsewhere
+#if KX_VECTOR_BYTES == 64 || defined(__aarch64__)
+constexpr int ROWS = 6, VECTORS = 4;
+#else
+constexpr int ROWS = 3, VECTORS = 4;
+#endif
+
+template <int M, int N, int K, bool TRANSPOSED>
+static void dot_bf16(const uint16_t *a, const uint16_t *b, float *c, int32_t *panels) {
+  if constexpr (K % 2 || N % W) {
+    for (int i = 0; i < M; i++)
+      for (int k = 0; k < K; k++) {
+        float x = bf16_to_f32(a[i * K + k]);
+        for (int j = 0; j < N; j++)
+          c[i * N + j] = __builtin_fmaf(x, bf16_to_f32(b[TRANSPOSED ? j * K + k : k * N + j]), c[i * N + j]);
+      }
+  } else {
+    uint32_t *p = (uint32_t *)panels;
+    if constexpr (TRANSPOSED) transpose_words<N, K / 2>((const uint32_t *)b, p);
+    else pair_rows<N, K>(b, p);
+    constexpr int NV = N / W < VECTORS ? N / W : VECTORS, TAIL = M % ROWS;
+    for (int j = 0; j < N; j += NV * W) {
+      int i = 0;
+      for (; i + ROWS <= M; i += ROWS) block_bf16<ROWS, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K / 2);
+      if constexpr (TAIL != 0) block_bf16<TAIL, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K / 2);
+    }
+  }
+}
+
+template <class T, int M, int N, int K, bool TRANSPOSED>
+static void dot_fma(const T *a, const T *b, T *c, T *panels) {
+  constexpr int L = KX_VECTOR_BYTES / sizeof(T);
+  if constexpr (N % L) {
+    for (int i = 0; i < M; i++)
+      for (int k = 0; k < K; k++)
+        for (int j = 0; j < N; j++) {
+          T y = b[TRANSPOSED ? j * K + k : k * N + j];
+          if constexpr ((T)0.5 != 0) c[i * N + j] = fma(a[i * K + k], y, c[i * N + j]);
+          else c[i * N + j] += a[i * K + k] * y;
+        }
+  } else {
+    const T *p = b;
+    if constexpr (TRANSPOSED) {
+      if constexpr (sizeof(T) == 4) transpose_words<N, K>((const uint32_t *)b, (uint32_t *)panels);
+      else for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) panels[k * N + j] = b[j * K + k];
+      p = panels;
+    }
+    constexpr int NV = N / L < VECTORS ? N / L : VECTORS, TAIL = M % ROWS;
+    for (int j = 0; j < N; j += NV * L) {
+      int i = 0;
+      for (; i + ROWS <= M; i += ROWS) block_fma<T, ROWS, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K);
+      if constexpr (TAIL != 0) block_fma<T, TAIL, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K);
+    }
+  }
+}
+template <int M, int N, int K, bool TR> static void dot_f32(const float *a, const float *b, float *c, float *p) { dot_fma<float, M, N, K, TR>(a, b, c, p); }
+template <int M, int N, int K, bool TR> static void dot_f64(const double *a, const double *b, double *c, double *p) { dot_fma<double, M, N, K, TR>(a, b, c, p); }
+template <int M, int N, int K, bool TR> static void dot_i32(const int32_t *a, const int32_t *b, int32_t *c, int32_t *p) { dot_fma<int32_t, M, N, K, TR>(a, b, c, p); }
+} // namespace kx
