@@ -55,7 +55,7 @@ def emit_dot(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
     panels = function.allocate(form if form != "bf16" else "i32", (k * n,))
     index = ""
     if count > 1:
-        index = function.scope.fresh("i")
+        index = function.scope.fresh("x")
         function.out.append(f"for (int {index} = 0; {index} < {count}; {index}++)")
     offsets = [f" + {index} * {size}" if index else "" for size in (m * k, k * n, m * n)]
     function.out.append(

@@ -112,7 +112,7 @@ class Nest:
         if inner is not None:
             order.append(inner)
         self.order = [d for d in order if shape[d] > 1 or d == lane_dim]
-        names = {d: scope.fresh("i") for d in self.order}
+        names = {d: scope.fresh("x") for d in self.order}
         self.index: Index = tuple(
             Ix(names[d], d == lane_dim, self.order.index(d) + 1) if d in names else ZERO
             for d in range(len(shape))

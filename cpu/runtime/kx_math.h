@@ -39,8 +39,6 @@ template <class T> AI T mad(T a, T b, T c) {
   return a * b + c;
 #endif
 }
-template <class T> AI T mad(T a, float b, T c) { return mad(a, splatf<T>(b), c); }
-template <class T> AI T mad(T a, T b, float c) { return mad(a, b, splatf<T>(c)); }
 template <class T> AI T poly(T x, float last) { return splatf<T>(last); }
 template <class T, class... R> AI T poly(T x, float first, R... rest) {
   return mad(x, poly(x, rest...), splatf<T>(first));
@@ -171,7 +169,7 @@ template <class T> AI T exp2(T x) {
   else {
     T c = clamp_ordered(x, -160, 160), n = nearest(c), r = c - n;
     T p = mad(r, poly(r, 0.6931471824645996f, 0.24022647738456726f, 0.055503323674201965f,
-                      0.00961843691766262f, 0.0013398875016719103f, 0.00015353360504377633f), 1.0f);
+                      0.00961843691766262f, 0.0013398875016719103f, 0.00015353360504377633f), splatf<T>(1));
     return scale2(p, cast<int32_t>(no_nan(n)));
   }
 }
@@ -263,7 +261,7 @@ template <class T> AI T tanh(T x) {
     T a = absf(x), z = x * x;
     T small = mad(x * z, poly(z, -0.3333328366279602f, 0.13331490755081177f, -0.053743500262498856f, 0.02065059170126915f, -0.005717048421502113f), x);
     T large = 1.0f - 2.0f / (exp(a + a) + 1.0f);
-    return select<T>(to_mask<T>(a < 0.625f), small, copysign(large, x));
+    return select<T>(to_mask<T>(a < 0.625f), copysign(small, x), copysign(large, x));
   }
 }
 template <class T> AI T erf(T x) {
