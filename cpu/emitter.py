@@ -17,7 +17,7 @@ def emit_module(module: Module, *, checked: bool = False) -> str:
     Raises:
         Unsupported: an op is not supported; the message names it and its source line.
     """
-    lines = [f'#include "{header}"' for header in _HEADERS]
+    lines = [f'#include "{header}"' for header in _HEADERS] + ["#include <omp.h>"]
     kernel = module.kernel
     largest = 0
     bodies = []
@@ -76,7 +76,8 @@ def entry(kernel: Function, scratch: int) -> list[str]:
         "#pragma omp parallel if (programs > 1)",
         "{",
         f"char *arena = kx::scratch({scratch + 4096});",
-        "#pragma omp for schedule(dynamic, 1)",
+        "const i64 share = programs / (16 * (i64)omp_get_num_threads());",
+        "#pragma omp for schedule(dynamic, share > 1 ? share : 1)",
         "for (i64 at = 0; at < programs; at++) {",
         "const int32_t program[3] = {(int32_t)(at % grid[0]), (int32_t)(at / grid[0] % grid[1]), "
         "(int32_t)(at / grid[0] / grid[1])};",

@@ -123,6 +123,10 @@ class Nest:
         self.post: list[list[str]] = [[] for _ in range(depth + 1)]
         self.memo: dict[tuple, Expr] = {}
         self._masks: dict[tuple, tuple[int, str, str]] = {}
+        # bounds on the lane position that hold for a whole row: strips inside need no checks
+        self.bounds: list[tuple[str, str]] = []
+        # beyond this lane position nothing is stored (empty: the whole dimension counts)
+        self.end = ""
         self.lane_level = self.order.index(lane_dim) + 1 if lane_dim is not None else depth
         self.strip = names[lane_dim] if lane_dim is not None else "0"
 
@@ -146,20 +150,43 @@ class Nest:
         lines = ["{", *self.code[0]]
         for level, dim in enumerate(self.order, 1):
             name, size = self.index[dim].code, self.shape[dim]
-            if dim == self.lane_dim and self.unroll > 1:
-                outer = f"{name}o"
-                step = self.lanes * self.unroll
-                lines.append(f"for (i64 {outer} = 0; {outer} < {size}; {outer} += {step})")
-                lines.append(f"_Pragma(\"GCC unroll {self.unroll}\")")
-                lines.append(f"for (int {name}u = 0; {name}u < {self.unroll}; {name}u++) {{")
-                lines.append(f"const i64 {name} = {outer} + {name}u * {self.lanes};")
+            if dim == self.lane_dim:
+                lines.append(f"const auto strip{name} = [&](const i64 {name}, const int {name}u, "
+                             "auto all) __attribute__((always_inline)) {")  # fmt: skip
             else:
-                step = self.lanes if dim == self.lane_dim else 1
-                lines.append(f"for (i64 {name} = 0; {name} < {size}; {name} += {step}) {{")
+                lines.append(f"for (i64 {name} = 0; {name} < {size}; {name} += 1) {{")
             lines += self.code[level]
         for level in range(self.depth, 0, -1):
-            lines += [*self.post[level], "}"]
+            lines += self.post[level]
+            lines += self._strips() if self.order[level - 1] == self.lane_dim else ["}"]
         return [*lines, *self.post[0], "}"]
+
+    def _strips(self) -> list[str]:
+        """Close the strip function and call it: checked, unchecked and again checked strips."""
+        assert self.lane_dim is not None
+        size, name = self.shape[self.lane_dim], self.strip
+        step = self.lanes * self.unroll
+
+        def loop(end: str, check: str) -> list[str]:
+            call = f"strip{name}({name} + u * {self.lanes}, u, kx::{check}{{}});"
+            return [f"for (; {name} < {end}; {name} += {step})",
+                    f'_Pragma("GCC unroll {self.unroll}")',
+                    f"for (int u = 0; u < {self.unroll}; u++) {call}"]  # fmt: skip
+
+        lines = ["};", "{", f"i64 {name} = 0;"]
+        if not self.bounds:
+            return [*lines, *loop(str(size), "whole"), "}"]
+        lows = {low for low, _ in self.bounds if low != "0"}
+        highs = {high for _, high in self.bounds if not high.isdigit()}
+        if lows:
+            lines.append(f"i64 {name}l = 0;")
+            lines += [f"if ({low} > {name}l) {name}l = {low};" for low in lows]
+            lines.append(f"if ({name}l > {size}) {name}l = {size};")
+            lines += loop(f"{name}l", "part")
+        lines.append(f"i64 {name}h = {size};")
+        lines += [f"if ({high} < {name}h) {name}h = {high};" for high in highs]
+        lines.append(f"{name}h -= {step - 1};")
+        return [*lines, *loop(f"{name}h", "whole"), *loop(self.end or str(size), "part"), "}"]
 
     # ---- values
 
@@ -452,7 +479,13 @@ class Nest:
                 for _, bound in m.low:
                     self.emit(level, f"if ({bound} > {low}) {low} = {bound};")
             self._masks[key] = (level, low, high)
+            if level < self.lane_level and (low, high) != ("0", str(size)):
+                self.bounds.append((low, high))
         return (*self._masks[key], list(m.vectors))
+
+    def _all(self, level: int) -> str:
+        """Whether bounds known at `level` hold in unchecked strips."""
+        return "all" if level < self.lane_level else "kx::part{}"
 
     def condition(self, value: Value, index: Index) -> tuple[int, str]:
         """A mask at an index without lanes."""
@@ -468,9 +501,9 @@ class Nest:
         level = max([level, *(v.level for v in vectors)])
         if (low, high) != ("0", str(self.shape[self.lane_dim or 0])):
             level = max(level, self.lane_level)
-            parts.append(
-                f"kx::in_range<{self.lanes}>({low} - {self.strip}, {high} - {self.strip})"
-            )
+            known = self._masks[value, index][0]
+            parts.append(f"kx::in_range<{self.lanes}>({self._all(known)}, {low} - {self.strip}, "
+                         f"{high} - {self.strip})")  # fmt: skip
         return level, " & ".join(parts) or f"kx::splat_mask<{self.lanes}>(true)"
 
     # ---- global memory
@@ -512,20 +545,25 @@ class Nest:
             if not rest:
                 code = f"kx::load<{storage},{n}>({start})"
             else:
-                at, low, high, vectors = self.limits(rest[0], index)
-                level = max([level, at, *(v.level for v in vectors)])
+                known, low, high, vectors = self.limits(rest[0], index)
+                level = max([level, known, *(v.level for v in vectors)])
                 if vectors:
                     at, mask = self.lane_mask(rest[0], index)
                     code = f"kx::load_masked<{storage},{n}>({start}, {mask}, {fill})"
                 else:
                     low = f"{low} - {self.strip}" if low != "0" else "0"
-                    code = f"kx::load_range<{storage},{n}>({start}, {low}, {high} - {self.strip}, {fill})"
+                    code = (f"kx::load_range<{storage},{n}>({self._all(known)}, {start}, {low}, "
+                            f"{high} - {self.strip}, {fill})")  # fmt: skip
         else:
             start = f"({base} + {self.strip} * {_bytes(form.stride)})"
             at, mask = self.lane_mask(rest[0] if rest else None, index)
             level = max(level, at)
-            code = (f"kx::gather<{storage},{n}>({start}, {_bytes(form.stride)}, {mask}, {fill}, "
-                    f"{form.offset_of_lane()})")  # fmt: skip
+            if form.stride == 0 and len(form.offsets) == 1 and form.offsets[0][1] == size:
+                code = (f"kx::gather_or_load<{storage},{n}>({start}, {form.offsets[0][0].code}, "
+                        f"{mask}, {fill})")  # fmt: skip
+            else:
+                code = (f"kx::gather<{storage},{n}>({start}, {_bytes(form.stride)}, {mask}, {fill}, "
+                        f"{form.offset_of_lane()})")  # fmt: skip
         if kind.elem == "i1":
             code = f"kx::to_mask<{vector}>({code} != 0)"
         return self.name(kind, True, level, code)
@@ -546,12 +584,13 @@ class Nest:
         if form.stride == size and not form.offsets:
             if mask is None:
                 return f"kx::store<{storage},{n}>({start}, {code});"
-            _, low, high, vectors = self.limits(mask, index)
+            known, low, high, vectors = self.limits(mask, index)
             if vectors:
                 lane_mask = self.lane_mask(mask, index)[1]
                 return f"kx::store_masked<{storage},{n}>({start}, {lane_mask}, {code});"
             low = f"{low} - {self.strip}" if low != "0" else "0"
-            return f"kx::store_range<{storage},{n}>({start}, {low}, {high} - {self.strip}, {code});"
+            return (f"kx::store_range<{storage},{n}>({self._all(known)}, {start}, {low}, "
+                    f"{high} - {self.strip}, {code});")  # fmt: skip
         lane_mask = self.lane_mask(mask, index)[1]
         start = f"({base} + {self.strip} * {_bytes(form.stride)})"
         return (f"kx::scatter<{storage},{n}>({start}, {_bytes(form.stride)}, {lane_mask}, {code}, "

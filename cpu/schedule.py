@@ -231,8 +231,12 @@ class Scheduler(KeepPlan):
             (v for v in evaluated if self.analysis.definition.get(v) in position),
             key=lambda v: -position[self.analysis.definition[v]],
         )
-        saved = {s.values[0] for s in group.sinks if s.kind == "keep" and s.target is None}
+        keeps = [s for s in group.sinks if s.kind == "keep"]
+        saved = {s.values[0] for s in keeps if s.target is None}
+        filled = {s.values[0] for s in keeps if s.target and s.target.elem == s.values[0].type.elem}
         for value in order:
+            if value in filled:
+                continue
             if value in saved and self.uses.sinks(value) - self.done:
                 kept.append(value)
                 continue

@@ -251,7 +251,7 @@ def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
             nest.emit(level, f"{name} = {e.code};")
     else:
         combined = nest.region(op.regions[0], [old, new])
-        first_pass = f"{nest.index[axis].code}{'o' if unroll > 1 else ''} == 0"
+        first_pass = f"{nest.index[axis].code} == {f'{nest.strip}u * {lanes}' if unroll > 1 else '0'}"
         for name, e, c in zip(accumulators, new, combined, strict=True):
             code = c.code if start is not None else f"{first_pass} ? {e.code} : {c.code}"
             nest.emit(level, f"{name}{slot} = {code};")

@@ -46,6 +46,14 @@ template <class To, class From> AI To bits(From v) {
 }
 template <class To, class From> AI as<From, To> cast(From v) {
   if constexpr (lanes<From> == 1) return (To)v;
+#if defined(__AVX512F__)
+  // one instruction each; GCC 12 makes three or four of them
+  else if constexpr (sizeof(To) == 4 && sizeof(E<From>) == 2 && lanes<From> == 16 && (E<From>)-1 > 0) {
+    V<To, 16> w; asm("vpmovzxwd %1,%0" : "=v"(w) : "v"(v)); return w;
+  } else if constexpr (sizeof(To) == 2 && sizeof(E<From>) == 4 && lanes<From> == 16 && (To)0.5 == 0 && (E<From>)0.5 == 0) {
+    V<To, 16> w; asm("vpmovdw %1,%0" : "=v"(w) : "v"(v)); return w;
+  }
+#endif
   // u8 -> 32 bit in one step becomes dozens of instructions in GCC 12; two steps do not
   else if constexpr (sizeof(To) == 4 && sizeof(E<From>) == 1) {
     typedef typename sized_int<2>::s s16; typedef typename sized_int<2>::u u16;
@@ -120,14 +128,32 @@ template <class T, int N> COLD void load_some(V<T, N> *out, const T *p, i64 lo, 
 template <class T, int N> COLD void store_some(T *p, const V<T, N> *v, i64 lo, i64 hi) {
   for (i64 i = lo < 0 ? 0 : lo; i < hi && i < N; i++) p[i] = (*v)[i];
 }
-template <class T, int N> AI V<T, N> load_range(const T *p, i64 lo, i64 hi, V<T, N> other) {
+// strips known to lie inside the bounds, and strips that must look
+struct whole {};
+struct part {};
+template <class T, int N> AI V<T, N> load_range(whole, const T *p, i64 lo, i64 hi, V<T, N> other) {
+  return load<T, N>(p);
+}
+template <class T, int N> AI V<T, N> load_range(part, const T *p, i64 lo, i64 hi, V<T, N> other) {
   if (LIKELY(lo <= 0 && hi >= N)) return load<T, N>(p);
   if (lo < N && hi > 0) { V<T, N> v = other; load_some<T, N>(&v, p, lo, hi); return v; }
   return other;
 }
-template <class T, int N> AI void store_range(T *p, i64 lo, i64 hi, V<T, N> v) {
+template <class T, int N> AI void store_range(whole, T *p, i64 lo, i64 hi, V<T, N> v) { store<T, N>(p, v); }
+template <class T, int N> AI void store_range(part, T *p, i64 lo, i64 hi, V<T, N> v) {
   if (LIKELY(lo <= 0 && hi >= N)) store<T, N>(p, v);
   else if (lo < N && hi > 0) store_some<T, N>(p, &v, lo, hi);
+}
+template <int N> AI V<int32_t, N> in_range(whole, i64 lo, i64 hi) { return V<int32_t, N>{} - 1; }
+template <int N> AI V<int32_t, N> in_range(part, i64 lo, i64 hi) { return in_range<N>(lo, hi); }
+template <class T> AI bool all_true(T m) {
+  if constexpr (sizeof(T) < 16) { for (int i = 0; i < lanes<T>; i++) if (!m[i]) return false; return true; }
+  else {
+    typedef long long L2 __attribute__((vector_size(16)));
+    L2 part[sizeof(T) / 16]; __builtin_memcpy(part, &m, sizeof m);
+    for (unsigned i = 1; i < sizeof(T) / 16; i++) part[0] &= part[i];
+    return (part[0][0] & part[0][1]) == -1;
+  }
 }
 template <class T, int N> AI V<T, N> load_masked(const T *p, V<int32_t, N> m, V<T, N> other) {
   for (int i = 0; i < N; i++) if (m[i]) other[i] = p[i];
@@ -145,6 +171,15 @@ AI V<T, N> gather(i64 p, i64 stride, V<int32_t, N> m, V<T, N> v, F offset) {
 template <class T, int N, class F>
 AI void scatter(i64 p, i64 stride, V<int32_t, N> m, V<T, N> v, F offset) {
   for (int i = 0; i < N; i++) if (m[i]) *(T *)(p + i * stride + offset(i)) = v[i];
+}
+// lanes at p + offset[i] * sizeof(T); consecutive offsets, the usual case, are one vector load
+template <class T, int N, class O>
+AI V<T, N> gather_or_load(i64 p, O offset, V<int32_t, N> m, V<T, N> v) {
+  E<O> first = offset[0];
+  if (LIKELY(all_true(m & to_mask<O>(offset - cast<E<O>>(iota<N>()) == splat<O>(first)))))
+    return load<T, N>((const T *)p + (i64)first);
+  for (int i = 0; i < N; i++) if (m[i]) v[i] = ((const T *)p)[(i64)offset[i]];
+  return v;
 }
 template <class T, int N> AI void store_strided(T *p, i64 stride, V<T, N> v) {
   for (int i = 0; i < N; i++) p[i * stride] = v[i];
