@@ -169,3 +169,28 @@ class Analysis:
         dims = pointer.type.dims
         found = [d for d, s in enumerate(self.strides(pointer)) if s == size and dims[d] > 1]
         return found[-1] if found else None
+
+    def root(self, pointer: Value) -> Value:
+        """The function argument (or other source) that an address is computed from."""
+        while True:
+            if pointer in self.splits:
+                pointer = self.splits[pointer]
+                continue
+            op = self.definition.get(pointer)
+            if op is None or op.name not in VIEWS | {"tt.addptr", "tt.bitcast"}:
+                return pointer
+            pointer = op.operands[0]
+
+    def may_disturb(self, store: Op, load: Op) -> bool:
+        """Whether a store may overwrite what the load reads for another element of the tile.
+
+        Distinct arguments are taken to be one tensor or disjoint ones: then only accesses that
+        walk the tile differently disturb each other.
+        """
+        to, at = store.operands[0], load.operands[0]
+        if to is at:
+            return False
+        if self.root(to) is self.root(at):
+            return True
+        pairs = zip(self.strides(to), self.strides(at), strict=False)
+        return any(s != t for s, t in pairs if s is not None and t is not None)

@@ -160,11 +160,24 @@ class Scheduler(KeepPlan):
 
     def _before_write(self, sink: Sink) -> None:
         """Save what later ops need from memory as it is before this write."""
+        if sink.kind == "store" and sink.op is not None:
+            for value in self._disturbed(sink.op, sink.op.operands):
+                self.materialize(value)
         for value in self.crossing(sink.position):
-            if sink.kind == "store" and sink.op is not None and value.type.dims == sink.shape:
+            safe = sink.op is not None and not self._disturbed(sink.op, (value,))
+            if sink.kind == "store" and safe and value.type.dims == sink.shape:
                 self._place_saved(value, sink.position - 0.5)
             else:
                 self.materialize(value)
+
+    def _disturbed(self, store: Op, values: tuple[Value, ...]) -> list[Value]:
+        """Loads among what `values` pull that the store may overwrite too early."""
+        _, _, inline = self.leaves(values)
+        loads = [self.analysis.definition[v] for v in inline if v in self.analysis.definition]
+        return [
+            op.result for op in loads
+            if op.name == "tt.load" and self.analysis.may_disturb(store, op)
+        ]  # fmt: skip
 
     def _place_saved(self, value: Value, position: float) -> None:
         self.place(Sink("keep", None, (value,), value.type.dims, int(position)))
