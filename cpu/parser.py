@@ -7,7 +7,7 @@ attributes and locations. Every op is one line, apart from its regions; sources 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .ir import Block, Function, Location, Module, Op, Region, Type, Unsupported, Value
 from .ir import parse_element
@@ -209,7 +209,7 @@ class Parser:
         for (name, _), kind in zip(pairs, types, strict=True):
             arguments.append(Value(name.strip(), kind, line.location))
         inner.update({a.name: a for a in arguments})
-        body = self._region(inner, tuple(arguments))
+        body = with_yield(self._region(inner, tuple(arguments)))
         close = self._next()
         attrs = parse_attributes(take_braces(close.text.removeprefix("}"))[1])
         if unsigned:
@@ -230,7 +230,7 @@ class Parser:
         inner.update({a.name: a for a in arguments})
         before = self._region(inner, tuple(arguments))
         self._next()
-        after = self._region(_Scope(scope), ())
+        after = with_yield(self._region(_Scope(scope), ()))
         where = self._next().location
         operands = tuple(scope[p[1].strip()] for p in pairs)
         results = self._values(outputs, where, line.text)
@@ -239,10 +239,10 @@ class Parser:
     def _if(self, scope: _Scope, line: _Line, rest: str) -> Op:
         m = re.match(r"(%\S+)(?: -> (.*))? \{$", rest)
         assert m is not None
-        regions = [self._region(_Scope(scope), ())]
+        regions = [with_yield(self._region(_Scope(scope), ()))]
         close = self._next()
         if close.text.startswith("} else"):
-            regions.append(self._region(_Scope(scope), ()))
+            regions.append(with_yield(self._region(_Scope(scope), ())))
             close = self._next()
         results = self._values(split_types(m[2] or ""), close.location, line.text)
         return Op("scf.if", (scope[m[1]],), results, {}, (), tuple(regions), (), close.location)
@@ -313,6 +313,14 @@ def result_types(name: str, types: str, operands: tuple[Value, ...], count: int)
     if name == "arith.select":
         return [listed[-1]]
     return [listed[0]] * count
+
+
+def with_yield(region: Region) -> Region:
+    """The printed form leaves out a yield of nothing."""
+    block = region.block
+    if block.ops and block.ops[-1].name in ("scf.yield", "scf.condition"):
+        return region
+    return Region((replace(block, ops=(*block.ops, Op("scf.yield", (), ()))),))
 
 
 def _matching(text: str, at: int) -> int:
