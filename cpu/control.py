@@ -244,7 +244,9 @@ class FunctionEmitter:
         here.flush(group)
         self.scope.buffers[argument] = buffer
 
-    def increment(self, argument: Value, value: Value, body: Block) -> list[tuple[Value, int]] | None:
+    def increment(
+        self, argument: Value, value: Value, body: Block
+    ) -> list[tuple[Value, int]] | None:
         """Uniform steps from a carried tensor to its next value: [(operand, sign)] or None."""
         steps: list[tuple[Value, int]] = []
         while value is not argument:
@@ -306,7 +308,9 @@ class FunctionEmitter:
         self.loops.pop()
         for argument, steps in split.items():
             scale = element_bytes(argument.type) if argument.type.is_pointer else 1
-            code = " + ".join(f"(i64)({self.uniform_code(v)}) * {sign * scale}" for v, sign in steps)
+            code = " + ".join(
+                f"(i64)({self.uniform_code(v)}) * {sign * scale}" for v, sign in steps
+            )
             if code:
                 self.out.append(f"{self.scope.offsets[argument]} += {code};")
         self.out.append("}")

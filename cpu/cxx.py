@@ -50,7 +50,7 @@ def literal(value: Any, elem: str) -> str:
     if elem in ("f32", "f64"):
         suffix = "f" if elem == "f32" else ""
         if math.isnan(value):
-            return f"__builtin_nan{suffix}(\"\")"
+            return f'__builtin_nan{suffix}("")'
         if math.isinf(value):
             return ("-" if value < 0 else "") + f"__builtin_inf{suffix}()"
         return float(value).hex() + suffix
@@ -211,7 +211,9 @@ def _extern(op: Op, args: list[str], lanes: int) -> str:
         if candidate in _LIBDEVICE_TESTS:
             test = _LIBDEVICE_TESTS[candidate].format(*args)
             mask = f"kx::to_mask<{register_type(op.operands[0].type.elem, lanes)}>({test})"
-            return mask if op.result.type.elem == "i1" else f"kx::mask_to_int<int32_t>({mask}, false)"
+            return (
+                mask if op.result.type.elem == "i1" else f"kx::mask_to_int<int32_t>({mask}, false)"
+            )
         if candidate in _LIBDEVICE:
             return f"({target})kx::{_LIBDEVICE[candidate]}({', '.join(args)})"
     if name in ("fdividef", "fast_dividef", "fdiv_rn", "ddiv_rn", "div_rn"):

@@ -103,5 +103,3 @@ class CpuDriver(_Base):
 
     def clear_cache(self, cache: Any) -> None:
         cache.zero_()
-
-

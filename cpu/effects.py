@@ -141,7 +141,7 @@ def _print(nest: Nest, op: Op, args: list[Expr]) -> list[str]:
         shown.append(
             f"kx::print_value(program, {{{indices}}}, {len(nest.index)}, {prefix}, {at}, {form}, {value});"
         )
-    return shown or [f"kx::print_value(program, {{}}, 0, {prefix}, 0, \"%s\", \"\");"]
+    return shown or [f'kx::print_value(program, {{}}, 0, {prefix}, 0, "%s", "");']
 
 
 def _call(nest: Nest, op: Op, args: list[Expr]) -> str:

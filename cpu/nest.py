@@ -227,7 +227,9 @@ class Nest:
             return self._range(op, index[0])
         if op.name == "tt.load":
             return self.load(op, index)
-        return self.apply(op, [self.pull(o, index if o.type.is_tensor else ()) for o in op.operands])
+        return self.apply(
+            op, [self.pull(o, index if o.type.is_tensor else ()) for o in op.operands]
+        )
 
     def apply(self, op: Op, args: list[Expr]) -> Expr:
         """An elementwise op on pulled operands."""

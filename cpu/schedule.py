@@ -16,6 +16,7 @@ from .nest import Buffer, Nest, Scope
 from .sinks import Group, GroupEmitter, KeepPlan, Sink
 from .views import VIEWS
 
+
 @dataclass
 class Uses:
     """Which non-inline ops of a block a value reaches through inline ones."""
@@ -144,9 +145,7 @@ class Scheduler(KeepPlan):
             group.axis = sink.axis
             group.outputs |= set(sink.op.results)
         if sink.kind == "keep" and sink.target is not None:
-            group.outputs |= {
-                v for v in sink.values if self.scope.buffers.get(v) is sink.target
-            }
+            group.outputs |= {v for v in sink.values if self.scope.buffers.get(v) is sink.target}
         return group
 
     def _fits(self, group: Group, sink: Sink) -> bool:

@@ -251,7 +251,9 @@ def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
             nest.emit(level, f"{name} = {e.code};")
     else:
         combined = nest.region(op.regions[0], [old, new])
-        first_pass = f"{nest.index[axis].code} == {f'{nest.strip}u * {lanes}' if unroll > 1 else '0'}"
+        first_pass = (
+            f"{nest.index[axis].code} == {f'{nest.strip}u * {lanes}' if unroll > 1 else '0'}"
+        )
         for name, e, c in zip(accumulators, new, combined, strict=True):
             code = c.code if start is not None else f"{first_pass} ? {e.code} : {c.code}"
             nest.emit(level, f"{name}{slot} = {code};")
@@ -286,17 +288,13 @@ def _finish(nest: Nest, sink: Sink, names: list[str], unroll: int, at: int) -> N
     if over_lanes and vector:
         step = nest.lanes // 2
         while step:
-            turned = [
-                nest.name(e.type, True, at, f"kx::rotate<{step}>({e.code})") for e in current
-            ]
+            turned = [nest.name(e.type, True, at, f"kx::rotate<{step}>({e.code})") for e in current]
             current = nest.region(region, [current, turned])
             step //= 2
         current = [nest.name(e.type, False, at, f"{e.code}[0]" if e.type.elem != "i1"
                              else f"(bool){e.code}[0]") for e in current]  # fmt: skip
     after, nest.code[at] = nest.code[at], saved
-    index: Index = tuple(
-        i for d, i in enumerate(nest.index) if d != sink.axis
-    )
+    index: Index = tuple(i for d, i in enumerate(nest.index) if d != sink.axis)
     for result, e in zip(sink.op.results, current, strict=True):
         if result.type.is_tensor:
             after.append(nest.write(nest.scope.buffers[result], index, e))

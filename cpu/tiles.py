@@ -153,5 +153,3 @@ def _size(buffer: Buffer) -> int:
     for size in buffer.shape:
         total *= size
     return total
-
-

@@ -38,8 +38,7 @@ def source_index(op: Op, index: Sequence[T], zero: T) -> tuple[T, ...]:
         return tuple(i for at, i in enumerate(index) if at != axis)
     if op.name == "tt.broadcast":
         return tuple(
-            zero if s == 1 and t != 1 else i
-            for i, s, t in zip(index, source, target, strict=True)
+            zero if s == 1 and t != 1 else i for i, s, t in zip(index, source, target, strict=True)
         )
     kept = iter([i for i, d in zip(index, target, strict=True) if d != 1])
     return tuple(zero if d == 1 else next(kept) for d in source)
