@@ -138,11 +138,28 @@ class GroupEmitter:
                 emit_reduce(nest, sink, pulled[sink])
         for sink in ordered:
             statements += self._statements(nest, sink, pulled[sink], keeps)
-        for value, e in self._kept(nest, group, keeps):
+        kept = self._kept(nest, group, keeps)
+        for value, e in kept:
             buffer = keeps.buffer(value)
             statements.append((nest.depth, nest.write(buffer, nest.index, e)))
         nest.code[nest.depth] += [text for _, text in statements]
+        nest.end = "" if kept else self._end(nest, group)
         return nest.text()
+
+    def _end(self, nest: Nest, group: Group) -> str:
+        """The lane position past which a group that only stores has nothing to do."""
+        if nest.lane_dim is None or any(s.kind != "store" for s in group.sinks):
+            return ""
+        ends = []
+        for sink in group.sinks:
+            assert sink.op is not None
+            if len(sink.op.operands) < 3:
+                return ""
+            level, _, high, _ = nest.limits(sink.op.operands[2], nest.index)
+            if level >= nest.lane_level:
+                return ""
+            ends.append(high)
+        return ends[0] if len(set(ends)) == 1 else ""
 
     def _pull(self, nest: Nest, sink: Sink) -> list[Expr]:
         if sink.kind == "each":

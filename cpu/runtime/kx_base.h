@@ -147,6 +147,11 @@ template <class T, int N> AI void store_range(part, T *p, i64 lo, i64 hi, V<T, N
 template <int N> AI V<int32_t, N> in_range(whole, i64 lo, i64 hi) { return V<int32_t, N>{} - 1; }
 template <int N> AI V<int32_t, N> in_range(part, i64 lo, i64 hi) { return in_range<N>(lo, hi); }
 template <class T> AI bool all_true(T m) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 64) {
+    uint16_t k; asm("vptestmd %1,%1,%0" : "=Yk"(k) : "v"(m)); return k == 0xffff;
+  } else
+#endif
   if constexpr (sizeof(T) < 16) { for (int i = 0; i < lanes<T>; i++) if (!m[i]) return false; return true; }
   else {
     typedef long long L2 __attribute__((vector_size(16)));

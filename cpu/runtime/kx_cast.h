@@ -9,6 +9,19 @@ template <class T> AI as<T, float> bf16_to_f32(T v) {
 }
 template <class T> AI as<T, uint16_t> f32_to_bf16(T x) {
   auto u = bits<U<T>>(x);
+#if defined(__AVX512BF16__)
+  // the instruction rounds alike but takes subnormals for zero
+  if constexpr (lanes<T> == 16) {
+    uint16_t small;
+    U<T> exponents = U<T>{} + 0x7f800000u;
+    asm("vptestnmd %1,%2,%0" : "=Yk"(small) : "v"(exponents), "v"(u));
+    if (LIKELY(!small)) {
+      as<T, uint16_t> r;
+      asm("vcvtneps2bf16 %1,%0" : "=v"(r) : "v"(x));
+      return r;
+    }
+  }
+#endif
   auto r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   r = select<U<T>>(to_mask<T>(x != x), (u >> 16) | 0x40, r);
   return cast<uint16_t>(r);

@@ -159,10 +159,30 @@ template <class T> AI T scale2(T x, S<T> n) {
   return x * bits<T>((half + 127) << 23) * bits<T>((n - half + 127) << 23);
 }
 template <class T> AI T clamp_ordered(T x, float lo, float hi) {
+#if defined(__AVX512F__)
+  // of a NaN and a number these return their second source, here x
+  if constexpr (lanes<T> == 16) {
+    T l = splatf<T>(lo), h = splatf<T>(hi);
+    asm("vminps %1,%2,%0" : "=v"(x) : "v"(x), "v"(h));
+    asm("vmaxps %1,%2,%0" : "=v"(x) : "v"(x), "v"(l));
+    return x;
+  }
+#endif
   x = select<T>(to_mask<T>(x > hi), splatf<T>(hi), x);
   return select<T>(to_mask<T>(x < lo), splatf<T>(lo), x);
 }
 template <class T> AI T no_nan(T x) { return select<T>(to_mask<T>(x != x), splatf<T>(0), x); }
+
+// x * 2^n for an integral n; one rounding either way
+template <class T> AI T scale(T x, T n) {
+#if defined(__AVX512F__)
+  if constexpr (lanes<T> == 16) {
+    asm("vscalefps %2,%1,%0" : "=v"(x) : "v"(x), "v"(n));
+    return x;
+  }
+#endif
+  return scale2(x, cast<int32_t>(no_nan(n)));
+}
 
 template <class T> AI T exp2(T x) {
   if constexpr (sizeof(E<T>) == 8) return each(x, [](double v) { return ::exp2(v); });
@@ -170,7 +190,7 @@ template <class T> AI T exp2(T x) {
     T c = clamp_ordered(x, -160, 160), n = nearest(c), r = c - n;
     T p = mad(r, poly(r, 0.6931471824645996f, 0.24022647738456726f, 0.055503323674201965f,
                       0.00961843691766262f, 0.0013398875016719103f, 0.00015353360504377633f), splatf<T>(1));
-    return scale2(p, cast<int32_t>(no_nan(n)));
+    return scale(p, n);
   }
 }
 template <class T> AI T exp_parts(T c, T n) {
@@ -183,7 +203,7 @@ template <class T> AI T exp(T x) {
   if constexpr (sizeof(E<T>) == 8) return each(x, [](double v) { return ::exp(v); });
   else {
     T c = clamp_ordered(x, -110, 110), n = nearest(c * 1.44269504f);
-    return scale2(exp_parts(c, n) + 1.0f, cast<int32_t>(no_nan(n)));
+    return scale(exp_parts(c, n) + 1.0f, n);
   }
 }
 template <class T> AI T expm1(T x) {
