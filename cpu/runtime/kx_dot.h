@@ -40,29 +40,28 @@ AI void transpose(uv *r) {
   }
 }
 
-// B [rows of words][N] from its transpose [N][K words]
-template <int N, int KW> static void transpose_words(const uint32_t *b, uint32_t *out) {
+// Packed B: panels of P columns, each [rows of words][P]; here from its transpose [N][K words]
+template <int N, int KW, int P> static void transpose_words(const uint32_t *b, uint32_t *out) {
   if constexpr (N % W == 0 && KW % W == 0) {
     for (int n = 0; n < N; n += W)
       for (int k = 0; k < KW; k += W) {
         uv r[W];
         KX_UNROLL for (int i = 0; i < W; i++) r[i] = load<uint32_t, W>(b + (n + i) * KW + k);
         transpose(r);
-        KX_UNROLL for (int i = 0; i < W; i++) store<uint32_t, W>(out + (k + i) * N + n, r[i]);
+        KX_UNROLL for (int i = 0; i < W; i++) store<uint32_t, W>(out + n / P * (KW * P) + (k + i) * P + n % P, r[i]);
       }
   } else
     for (int k = 0; k < KW; k++)
-      for (int n = 0; n < N; n++) out[k * N + n] = b[n * KW + k];
+      for (int n = 0; n < N; n++) out[n / P * (KW * P) + k * P + n % P] = b[n * KW + k];
 }
 
-// rows k and k + 1 of B [K][N] as words of pairs
-template <int N, int K> static void pair_rows(const uint16_t *b, uint32_t *out) {
+// rows k and k + 1 of B [K][N] as words of pairs, in the same panels
+template <int N, int K, int P> static void pair_rows(const uint16_t *b, uint32_t *out) {
   for (int k = 0; k < K / 2; k++)
-    for (int n = 0; n < N; n += (N < W ? 1 : W)) {
+    for (int n = 0; n < N; n += W) {
       const uint16_t *p = b + 2 * k * N + n;
-      if constexpr (N >= W)
-        store<uint32_t, W>(out + k * N + n, cast<uint32_t>(load<uint16_t, W>(p)) | (cast<uint32_t>(load<uint16_t, W>(p + N)) << 16));
-      else out[k * N + n] = p[0] | (uint32_t)p[N] << 16;
+      uv low = cast<uint32_t>(load<uint16_t, W>(p)), high = cast<uint32_t>(load<uint16_t, W>(p + N));
+      store<uint32_t, W>(out + n / P * (K / 2 * P) + k * P + n % P, low | (high << 16));
     }
 }
 
@@ -117,14 +116,14 @@ static void dot_bf16(const uint16_t *a, const uint16_t *b, float *c, int32_t *pa
           c[i * N + j] = __builtin_fmaf(x, bf16_to_f32(b[TRANSPOSED ? j * K + k : k * N + j]), c[i * N + j]);
       }
   } else {
+    constexpr int NV = N / W < VECTORS ? N / W : VECTORS, P = NV * W, TAIL = M % ROWS;
     uint32_t *p = (uint32_t *)panels;
-    if constexpr (TRANSPOSED) transpose_words<N, K / 2>((const uint32_t *)b, p);
-    else pair_rows<N, K>(b, p);
-    constexpr int NV = N / W < VECTORS ? N / W : VECTORS, TAIL = M % ROWS;
-    for (int j = 0; j < N; j += NV * W) {
+    if constexpr (TRANSPOSED) transpose_words<N, K / 2, P>((const uint32_t *)b, p);
+    else pair_rows<N, K, P>(b, p);
+    for (int j = 0; j < N; j += P, p += K / 2 * P) {
       int i = 0;
-      for (; i + ROWS <= M; i += ROWS) block_bf16<ROWS, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K / 2);
-      if constexpr (TAIL != 0) block_bf16<TAIL, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K / 2);
+      for (; i + ROWS <= M; i += ROWS) block_bf16<ROWS, NV>(a + i * K, K, p, P, c + i * N + j, N, K / 2);
+      if constexpr (TAIL != 0) block_bf16<TAIL, NV>(a + i * K, K, p, P, c + i * N + j, N, K / 2);
     }
   }
 }
@@ -141,17 +140,18 @@ static void dot_fma(const T *a, const T *b, T *c, T *panels) {
           else c[i * N + j] += a[i * K + k] * y;
         }
   } else {
+    constexpr int NV = N / L < VECTORS ? N / L : VECTORS, P = NV * L, TAIL = M % ROWS;
+    constexpr bool packed = TRANSPOSED && sizeof(T) == 4;
     const T *p = b;
-    if constexpr (TRANSPOSED) {
-      if constexpr (sizeof(T) == 4) transpose_words<N, K>((const uint32_t *)b, (uint32_t *)panels);
-      else for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) panels[k * N + j] = b[j * K + k];
-      p = panels;
-    }
-    constexpr int NV = N / L < VECTORS ? N / L : VECTORS, TAIL = M % ROWS;
-    for (int j = 0; j < N; j += NV * L) {
+    if constexpr (packed) transpose_words<N, K, P>((const uint32_t *)b, (uint32_t *)panels);
+    else if constexpr (TRANSPOSED)
+      for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) panels[k * N + j] = b[j * K + k];
+    if constexpr (TRANSPOSED) p = panels;
+    constexpr int step = packed ? K * P : P, ldb = packed ? P : N;
+    for (int j = 0; j < N; j += P, p += step) {
       int i = 0;
-      for (; i + ROWS <= M; i += ROWS) block_fma<T, ROWS, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K);
-      if constexpr (TAIL != 0) block_fma<T, TAIL, NV>(a + i * K, K, p + j, N, c + i * N + j, N, K);
+      for (; i + ROWS <= M; i += ROWS) block_fma<T, ROWS, NV>(a + i * K, K, p, ldb, c + i * N + j, N, K);
+      if constexpr (TAIL != 0) block_fma<T, TAIL, NV>(a + i * K, K, p, ldb, c + i * N + j, N, K);
     }
   }
 }
