@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .expressions import Buffer
 from .ir import Op, Type, Value
-from .nest import Buffer
 from .schedule import Scheduler
 from .sinks import Sink
 
@@ -104,7 +104,7 @@ def carried_target(function: FunctionEmitter, op: Op, here: Scheduler) -> Buffer
         return None
     arguments = function.loops[-1].regions[0].block.arguments[1:]
     for argument, value in zip(arguments, last.operands, strict=True):
-        if value is op.result and function.may_overwrite(argument, here, {op}):
+        if value is op.result and function.regions.may_overwrite(argument, here, {op}):
             return function.scope.buffers.get(argument)
     return None
 

@@ -6,8 +6,9 @@ import json
 from typing import TYPE_CHECKING
 
 from .cxx import C_TYPES, narrow, widen
+from .expressions import Expr
 from .ir import Op, Value
-from .nest import Expr, Nest
+from .nest import Nest
 from .sinks import Sink
 
 if TYPE_CHECKING:

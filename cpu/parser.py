@@ -9,8 +9,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .ir import Block, Function, Location, Module, Op, Region, Type, Unsupported, Value
-from .ir import parse_element
+from .ir import (
+    Block,
+    Function,
+    Location,
+    Module,
+    Op,
+    Region,
+    Type,
+    Unsupported,
+    Value,
+    parse_element,
+)
 from .literals import parse_attributes, parse_constant
 from .locations import Locations, split_location
 

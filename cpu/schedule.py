@@ -11,8 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from .analysis import KEEP_ABOVE, Analysis
+from .expressions import Buffer
 from .ir import Block, Op, Value
-from .nest import Buffer, Nest, Scope
+from .nest import Nest, Scope
 from .sinks import Group, GroupEmitter, KeepPlan, Sink
 from .views import VIEWS
 

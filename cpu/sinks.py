@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .cxx import C_TYPES, literal, register_type
+from .expressions import Buffer, Expr, Index
 from .ir import FLOATS, Op, Value
-from .nest import Buffer, Expr, Index, Nest, Scope, TooWide, ZERO
+from .nest import Nest, Scope, TooWide
 
 _IDENTITY = {
     "arith.addf": -0.0, "arith.addi": 0, "arith.ori": 0, "arith.xori": 0, "arith.andi": -1,
@@ -155,7 +156,7 @@ class GroupEmitter:
             assert sink.op is not None
             if len(sink.op.operands) < 3:
                 return ""
-            level, _, high, _ = nest.limits(sink.op.operands[2], nest.index)
+            level, _, high, _ = nest.addresses.limits(sink.op.operands[2], nest.index)
             if level >= nest.lane_level:
                 return ""
             ends.append(high)
@@ -175,7 +176,7 @@ class GroupEmitter:
     ) -> list[tuple[int, str]]:
         if sink.kind == "store":
             assert sink.op is not None
-            return [(nest.depth, nest.store(sink.op, nest.index, pulled[0]))]
+            return [(nest.depth, nest.memory.store(sink.op, nest.index, pulled[0]))]
         if sink.kind == "keep":
             if sink.target is None:
                 return []
@@ -318,6 +319,3 @@ def _finish(nest: Nest, sink: Sink, names: list[str], unroll: int, at: int) -> N
         else:
             after.append(f"{nest.scope.scalars[result]} = {e.code};")
     nest.post[at] += after
-
-
-__all__ = ["ZERO", "Group", "GroupEmitter", "KeepPlan", "Sink", "convert", "splat"]

@@ -17,10 +17,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Contraction is off so that TTIR's mulf + addf stay two roundings; NaN and signed zero rules stay.
-_FLAGS = (
-    "-O2 -std=gnu++17 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math "
-    "-fwrapv -fno-strict-aliasing -fno-exceptions -fno-rtti -fvisibility=hidden -w"
-).split()
+_FLAGS = [
+    "-O2",
+    "-std=gnu++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fwrapv",
+    "-fno-strict-aliasing",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-fvisibility=hidden",
+    "-w",
+]
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 

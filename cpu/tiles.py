@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .expressions import Buffer, Expr
 from .ir import Op, Value
-from .nest import Buffer, Expr, Nest
+from .nest import Nest
 from .schedule import Scheduler
 from .views import VIEWS
 
