@@ -37,7 +37,7 @@ def _cpu_name(name: str) -> Any:
     return getattr(import_module(_CPU_HOMES[name], cpu.__name__), name)
 
 
-vars(cpu)["__getattr__"] = _cpu_name
+cpu.__dict__["__getattr__"] = _cpu_name
 
 
 def __dir__() -> list[str]:

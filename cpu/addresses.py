@@ -241,8 +241,9 @@ class Addresses:
         if (low, high) != ("0", str(self.nest.shape[self.nest.lane_dim or 0])):
             level = max(level, self.nest.lane_level)
             known = self._masks[value, index][0]
-            parts.append(f"kx::in_range<{self.nest.lanes}>({self.checked(known)}, {low} - {self.nest.strip}, "
-                         f"{high} - {self.nest.strip})")  # fmt: skip
+            strip = self.nest.strip
+            limits = f"{self.checked(known)}, {low} - {strip}, {high} - {strip}"
+            parts.append(f"kx::in_range<{self.nest.lanes}>({limits})")
         return level, " & ".join(parts) or f"kx::splat_mask<{self.nest.lanes}>(true)"
 
 

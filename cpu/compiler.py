@@ -6,7 +6,6 @@ the stages import what they need when they run.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from dataclasses import dataclass, fields
 from types import ModuleType
@@ -69,7 +68,6 @@ class CpuBackend(_Base):
     def supports_target(target: GPUTarget) -> bool:
         return target.backend == "cpu"
 
-    @functools.lru_cache  # noqa: B019  (the backend object is tiny and equal ones are rare)
     def hash(self) -> str:
         from .target import build_key
 
@@ -77,14 +75,18 @@ class CpuBackend(_Base):
 
     def parse_options(self, options: dict[str, Any]) -> Options:
         known = {f.name for f in fields(Options)}
-        given = {k: v for k, v in options.items() if k in known and v is not None}
+        given: dict[str, Any] = {k: v for k, v in options.items() if k in known and v is not None}
         if "checked" not in given:
             from .activation import checking
 
             given["checked"] = checking()
-        return Options(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+        # lists come from JSON
+        frozen: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in given.items()
+        }
+        return Options(**frozen)
 
-    def add_stages(self, stages: dict, options: Options, language: Any = None) -> None:
+    def add_stages(self, stages: dict, options: Any, language: Any) -> None:
         from . import stages as pipeline
 
         stages["ttir"] = lambda module, metadata: pipeline.make_ttir(module, metadata, options)

@@ -47,8 +47,8 @@ class CpuDriver(_Base):
 
     utils = _Utilities()
 
-    @staticmethod
-    def is_active() -> bool:
+    @classmethod
+    def is_active(cls) -> bool:
         """Only when asked: `KEXAONE_CPU=1` or `TRITON_DEFAULT_BACKEND=cpu`."""
         asked = os.environ.get("KEXAONE_CPU", "0") not in ("", "0")
         return asked or os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"
@@ -66,7 +66,10 @@ class CpuDriver(_Base):
         return floats.get(ty) or ("int8_t" if ty in ("i1", "u1") else f"{ty.replace('i', 'int')}_t")
 
     def get_current_device(self) -> int:
-        return DEVICE
+        from .activation import checking
+
+        # kernels with checks are other kernels
+        return DEVICE - 1 if checking() else DEVICE
 
     def set_current_device(self, device: int) -> None:
         """There is one device."""

@@ -86,7 +86,8 @@ def _atomic(nest: Nest, op: Op, args: list[Expr]) -> list[str]:
     elif action in ("add", "and", "or", "xor") and kind.is_int:
         code = f"__atomic_fetch_{action}({place}, {value}, {_order(op)})"
     else:
-        code = f"kx::update<{storage}>({place}, {_order(op)}, [&]({storage} old) {{ {_new(action, op, value)} }})"
+        change = f"[&]({storage} old) {{ {_new(action, op, value)} }}"
+        code = f"kx::update<{storage}>({place}, {_order(op)}, {change})"
     guard = args[2].code if len(args) > 2 else "true"
     return [_define(nest, op.result, f"{guard} ? {code} : ({storage})0")]
 
@@ -139,9 +140,8 @@ def _print(nest: Nest, op: Op, args: list[Expr]) -> list[str]:
         else:
             form = '"%llu"' if unsigned else '"%lld"'
             value = f"({'unsigned ' if unsigned else ''}long long){value}"
-        shown.append(
-            f"kx::print_value(program, {{{indices}}}, {len(nest.index)}, {prefix}, {at}, {form}, {value});"
-        )
+        place = f"program, {{{indices}}}, {len(nest.index)}, {prefix}, {at}"
+        shown.append(f"kx::print_value({place}, {form}, {value});")
     return shown or [f'kx::print_value(program, {{}}, 0, {prefix}, 0, "%s", "");']
 
 

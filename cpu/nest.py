@@ -154,8 +154,8 @@ class Nest:
         scalar = value.type.scalar()
         if value in self.scope.offsets:
             first = self.pull(self.scope.analysis.splits[value], index)
-            return self.name(scalar, first.vector, first.level,
-                             f"{first.code} + ({C_TYPES[scalar.elem]}){self.scope.offsets[value]}")  # fmt: skip
+            step = f"({C_TYPES[scalar.elem]}){self.scope.offsets[value]}"
+            return self.name(scalar, first.vector, first.level, f"{first.code} + {step}")
         op = self.scope.analysis.definition[value]
         if op.name in VIEWS:
             return self.pull(op.operands[0], source_index(op, index, ZERO))

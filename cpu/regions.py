@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from .cxx import C_TYPES, element_bytes, literal
 from .effects import is_write
 from .expressions import Buffer
-from .ir import Block, Op, Value, walk
+from .ir import Op, Value, walk
 from .schedule import Scheduler
 from .sinks import Sink
 from .views import VIEWS
@@ -71,9 +71,7 @@ class RegionEmitter:
         here.flush(group)
         self.emitter.scope.buffers[argument] = buffer
 
-    def increment(
-        self, argument: Value, value: Value, body: Block
-    ) -> list[tuple[Value, int]] | None:
+    def increment(self, argument: Value, value: Value) -> list[tuple[Value, int]] | None:
         """Uniform steps from a carried tensor to its next value: [(operand, sign)] or None."""
         steps: list[tuple[Value, int]] = []
         while value is not argument:
@@ -107,6 +105,17 @@ class RegionEmitter:
             return literal(op.attrs["value"], op.result.type.elem)
         return self.emitter.scalar(op.operands[0])
 
+    def _may_split(self, argument: Value, first: Value) -> bool:
+        """Whether a carried tensor could be its first value plus a scalar."""
+        kind = argument.type
+        unread = first not in self.emitter.scope.buffers
+        return (
+            kind.is_tensor
+            and not kind.is_float
+            and unread
+            and self.emitter.analysis.is_inline(first)
+        )
+
     def emit_for(self, op: Op, here: Scheduler) -> None:
         low, high, step, *firsts = op.operands
         body = op.regions[0].block
@@ -115,11 +124,8 @@ class RegionEmitter:
         split: dict[Value, list[tuple[Value, int]]] = {}
         for argument, first, last in zip(carried, firsts, final, strict=True):
             steps = None
-            if argument.type.is_tensor and not argument.type.is_float:
-                if first not in self.emitter.scope.buffers and self.emitter.analysis.is_inline(
-                    first
-                ):
-                    steps = self.increment(argument, last, body)
+            if self._may_split(argument, first):
+                steps = self.increment(argument, last)
             if steps is None:
                 self.start_carry(argument, first, here)
             else:
@@ -282,9 +288,9 @@ class RegionEmitter:
         for user, _ in users:
             if user.name in VIEWS:
                 return True
-            if user.results and self.emitter.analysis.is_inline(user.result):
-                if self._viewed(user.result, here, seen):
-                    return True
+            inline = user.results and self.emitter.analysis.is_inline(user.result)
+            if inline and self._viewed(user.result, here, seen):
+                return True
         return False
 
     def branch(self, op: Op, here: Scheduler) -> None:
@@ -306,8 +312,8 @@ class RegionEmitter:
         if op.name == "cf.br":
             self.emitter.out += jumps[0]
         else:
-            self.emitter.out += [f"if ({self.emitter.scalar(op.operands[0])}) {{", *jumps[0], "} else {",
-                         *jumps[1], "}"]  # fmt: skip
+            condition = self.emitter.scalar(op.operands[0])
+            self.emitter.out += [f"if ({condition}) {{", *jumps[0], "} else {", *jumps[1], "}"]
 
 
 def _count(shape: tuple[int, ...]) -> int:

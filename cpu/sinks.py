@@ -235,10 +235,8 @@ def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
     over_lanes = axis == nest.lane_dim
     vector = nest.lane_dim is not None
     lanes = nest.lanes if vector else 1
-    if axis in nest.order:
-        at = nest.order.index(axis)  # code level just outside the reduced loop
-    else:
-        at = nest.depth
+    # code level just outside the reduced loop
+    at = nest.order.index(axis) if axis in nest.order else nest.depth
     types = [register_type(v.type.elem, lanes) for v in sink.values]
     accumulators = [nest.scope.fresh("r") for _ in types]
     start = None

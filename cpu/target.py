@@ -18,21 +18,10 @@ from pathlib import Path
 
 # Contraction is off so that TTIR's mulf + addf stay two roundings; NaN and signed zero rules stay.
 _FLAGS = [
-    "-O2",
-    "-std=gnu++17",
-    "-shared",
-    "-fPIC",
-    "-fopenmp",
-    "-ffp-contract=off",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-fwrapv",
-    "-fno-strict-aliasing",
-    "-fno-exceptions",
-    "-fno-rtti",
-    "-fvisibility=hidden",
-    "-w",
-]
+    "-O2", "-std=gnu++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fno-strict-aliasing",
+    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
+]  # fmt: skip
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
 

@@ -52,7 +52,7 @@ def collatz_kernel(x, steps, N: tl.constexpr):
     value = tl.load(x + pid)
     count = 0
     while value != 1:
-        if value % 2 == 0:
+        if value % 2 == 0:  # noqa: SIM108  (both forms of a branch are compiled differently)
             value = value // 2
         else:
             value = 3 * value + 1
@@ -81,7 +81,7 @@ def test_while_if_and_early_return():
 def tile_branch_kernel(x, flag, out, N: tl.constexpr):
     at = tl.arange(0, N)
     value = tl.load(x + at)
-    if tl.load(flag) > 0:
+    if tl.load(flag) > 0:  # noqa: SIM108
         value = tl.exp(value)
     else:
         value = value * 2 + tl.sum(value)

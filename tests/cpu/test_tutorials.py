@@ -221,8 +221,8 @@ def test_grouped_gemm_through_a_table_of_addresses():
         a, b = torch.randint(-4, 5, (m, k)).half(), torch.randint(-4, 5, (k, n)).half()
         tensors.append((a, b, torch.full((m, n), float("nan"), dtype=torch.float16)))
     addresses = torch.tensor([[t.data_ptr() for t in row] for row in tensors])
-    grouped_kernel[(4,)](addresses, torch.tensor(shapes).int(), len(shapes), programs=4, BM=32, BN=32,
-                         BK=16)  # fmt: skip
+    sizes = torch.tensor(shapes).int()
+    grouped_kernel[(4,)](addresses, sizes, len(shapes), programs=4, BM=32, BN=32, BK=16)
     for a, b, c in tensors:
         assert torch.equal(c, (a.float() @ b.float()).half())
 
