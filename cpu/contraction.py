@@ -124,3 +124,78 @@ def _round_result(function: FunctionEmitter, op: Op, wide: Buffer, here: Schedul
     nest.emit(nest.depth, nest.write(target, nest.index, rounded))
     function.out += nest.text()
     function.scope.buffers[op.result] = target
+
+
+def emit_dot_scaled(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
+    """Microscaled dot: both operands are decoded and scaled exactly to fp32, then multiplied."""
+    here.settle(op.operands)
+    a, a_scale, b, b_scale, c = scaled_operands(op)
+    m, n = op.result.type.dims[-2:]
+    if len(op.result.type.dims) != 2:
+        raise op.refuse("batches are not supported")
+    k = a.type.dims[1] * (2 if op.attrs.get("lhs") == "e2m1" else 1)
+    if op.attrs.get("lhs_k_pack") is False or op.attrs.get("rhs_k_pack") is False:
+        raise op.refuse("e2m1 packed along M or N is not supported")
+    out = function.allocate("f32", (m, n))
+    group = here.place(
+        Sink("keep", None, (c,), c.type.dims, here.uses.position[op], None, out, "f32")
+    )
+    here.flush(group)
+    left = _scaled_tile(function, op, (a, a_scale, str(op.attrs.get("lhs"))), (m, k, True), here)
+    right = _scaled_tile(function, op, (b, b_scale, str(op.attrs.get("rhs"))), (n, k, False), here)
+    panels = function.allocate("f32", (k * n,))
+    names = ", ".join(t.name for t in (left, right, out, panels))
+    function.out.append(f"kx::dot_f32<{m},{n},{k},false>({names});")
+    if op.result.type.elem != "f32":
+        here.done.add(op)
+        _round_result(function, op, out, here)
+    else:
+        function.scope.buffers[op.result] = out
+
+
+def scaled_operands(op: Op) -> tuple[Value, Value | None, Value, Value | None, Value]:
+    """A, its scales, B, its scales, C; the text names only the scales that are there."""
+    first, *rest, c = op.operands
+    if len(rest) == 3:
+        return first, rest[0], rest[1], rest[2], c
+    if len(rest) == 1:
+        return first, None, rest[0], None, c
+    has_left = rest[0].type.dims[-2] == first.type.dims[-2] and rest[0].type.stored_bytes == 1
+    has_left = has_left and rest[0].type.dims[-1] < first.type.dims[-1]
+    return (first, rest[0], rest[1], None, c) if has_left else (first, None, *rest, c)
+
+
+def _scaled_tile(
+    function: FunctionEmitter,
+    op: Op,
+    operand: tuple[Value, Value | None, str],
+    layout: tuple[int, int, bool],
+    here: Scheduler,
+) -> Buffer:
+    """An operand decoded to fp32: A as [M, K], B as [K, N]."""
+    value, scale, form = operand
+    rows, k, is_left = layout
+    source = here.materialize(value)
+    target = function.allocate("f32", (rows, k) if is_left else (k, rows))
+    packed = 2 if form == "e2m1" else 1
+    width = k // packed if is_left else rows
+    at = f"row * {width} + k / {packed}" if is_left else f"k / {packed} * {width} + row"
+    raw = f"{source.name}[{at}]"
+    decode = {
+        "e4m3": f"kx::e4m3_to_f32((uint8_t){raw})", "e5m2": f"kx::e5m2_to_f32((uint8_t){raw})",
+        "bf16": f"kx::bf16_to_f32({raw})", "fp16": f"kx::f16_to_f32({raw})",
+        "e2m1": f"kx::e2m1_to_f32((uint8_t){raw} >> (k % 2 * 4) & 15)",
+    }  # fmt: skip
+    if form not in decode:
+        raise op.refuse(f"the operand format {form} is not supported")
+    kind, group, scales = "kx::unscaled", k, "nullptr"
+    if scale is not None:
+        held = here.materialize(scale)
+        kind = "kx::e4m3_scale" if scale.type.elem == "f8E4M3FN" else "kx::e8m0"
+        group, scales = k // scale.type.dims[-1], f"(const uint8_t *){held.name}"
+    steps = f"{k}, 1" if is_left else f"1, {rows}"
+    function.out.append(
+        f"kx::scaled_tile<{kind},{rows},{k},{group}>([&](int row, int k) "
+        f"{{ return {decode[form]}; }}, {scales}, {target.name}, {steps});"
+    )
+    return target

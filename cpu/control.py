@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .analysis import Analysis
-from .contraction import emit_dot
+from .contraction import emit_dot, emit_dot_scaled
 from .cxx import C_TYPES, ELEMENTWISE, elementwise, literal, register_type
 from .effects import emit_effect, is_write
 from .expressions import Buffer
@@ -116,6 +116,9 @@ class FunctionEmitter:
             self.reduce(op, here)
         elif op.name == "tt.dot":
             emit_dot(self, op, here)
+            here.done.add(op)
+        elif op.name == "tt.dot_scaled":
+            emit_dot_scaled(self, op, here)
             here.done.add(op)
         elif op.name in TILE_OPS or (op.name in VIEWS and tensor and not self.lazy(op)):
             emit_tile_op(self, op, here)

@@ -48,7 +48,7 @@ class CpuDriver(_Base):
     utils = _Utilities()
 
     @classmethod
-    def is_active(cls) -> bool:
+    def is_active(cls) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Only when asked: `KEXAONE_CPU=1` or `TRITON_DEFAULT_BACKEND=cpu`."""
         asked = os.environ.get("KEXAONE_CPU", "0") not in ("", "0")
         return asked or os.environ.get("TRITON_DEFAULT_BACKEND") == "cpu"

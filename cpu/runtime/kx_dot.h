@@ -158,4 +158,20 @@ static void dot_fma(const T *a, const T *b, T *c, T *panels) {
 template <int M, int N, int K, bool TR> static void dot_f32(const float *a, const float *b, float *c, float *p) { dot_fma<float, M, N, K, TR>(a, b, c, p); }
 template <int M, int N, int K, bool TR> static void dot_f64(const double *a, const double *b, double *c, double *p) { dot_fma<double, M, N, K, TR>(a, b, c, p); }
 template <int M, int N, int K, bool TR> static void dot_i32(const int32_t *a, const int32_t *b, int32_t *c, int32_t *p) { dot_fma<int32_t, M, N, K, TR>(a, b, c, p); }
+
+// ---- microscaled operands (OCP MX): blocks of K share one scale; all values are exact in fp32
+struct e8m0 { static float scale(uint8_t s) { return s == 255 ? __builtin_nanf("") : __builtin_ldexpf(1, (int)s - 127); } };
+struct e4m3_scale { static float scale(uint8_t s) { return e4m3_to_f32(s); } };
+struct unscaled { static float scale(uint8_t) { return 1; } };
+AI float e2m1_to_f32(int nibble) {
+  const float values[] = {0, 0.5f, 1, 1.5f, 2, 3, 4, 6};
+  return nibble & 8 ? -values[nibble & 7] : values[nibble & 7];
+}
+// `value(row, k)` of an operand whose scales are [row][K / GROUP], written to out[row * rs + k * ks]
+template <class SCALE, int ROWS_, int K, int GROUP, class F>
+static void scaled_tile(F value, const uint8_t *scales, float *out, int rs, int ks) {
+  for (int r = 0; r < ROWS_; r++)
+    for (int k = 0; k < K; k++)
+      out[r * rs + k * ks] = value(r, k) * SCALE::scale(scales ? scales[r * (K / GROUP) + k / GROUP] : 0);
+}
 } // namespace kx

@@ -103,3 +103,41 @@ def test_batched():
     out = torch.empty(4, 16, 16)
     batched_kernel[(1,)](a, b, out, B=4, M=16, N=16, K=32)
     assert torch.equal(out, a @ b)
+
+
+@triton.jit
+def scaled_kernel(a, a_scale, b, b_scale, out, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                  LEFT: tl.constexpr, RIGHT: tl.constexpr, PACK: tl.constexpr):  # fmt: skip
+    m, n, k, s = tl.arange(0, M), tl.arange(0, N), tl.arange(0, K), tl.arange(0, K // 32)
+    ka = tl.arange(0, K // PACK)
+    x = tl.load(a + m[:, None] * (K // PACK) + ka[None, :])
+    y = tl.load(b + k[:, None] * N + n[None, :])
+    sx = tl.load(a_scale + m[:, None] * (K // 32) + s[None, :])
+    sy = tl.load(b_scale + n[:, None] * (K // 32) + s[None, :])
+    r = tl.dot_scaled(x, sx, LEFT, y, sy, RIGHT)
+    tl.store(out + m[:, None] * N + n[None, :], r)
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+@pytest.mark.parametrize("form", ["e4m3", "e5m2", "e2m1"])
+def test_microscaled_operands(form):
+    m, n, k = 16, 32, 64
+    generator = torch.Generator().manual_seed(10)
+    if form == "e2m1":
+        codes = torch.randint(0, 16, (m, k), generator=generator)
+        x = E2M1[codes]
+        a = (codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
+    else:
+        x = torch.randint(-4, 5, (m, k), generator=generator).float()
+        a = x.to(F8[form])
+    y = torch.randint(-4, 5, (k, n), generator=generator).float()
+    # scales from 1/2 to 4 and small integers: every sum is exact in fp32
+    sa = torch.randint(126, 130, (m, k // 32), generator=generator).to(torch.uint8)
+    sb = torch.randint(126, 130, (n, k // 32), generator=generator).to(torch.uint8)
+    out = torch.empty(m, n)
+    scaled_kernel[(1,)](a, sa, y.to(torch.float8_e4m3fn), sb, out, M=m, N=n, K=k, LEFT=form,
+                        RIGHT="e4m3", PACK=2 if form == "e2m1" else 1)  # fmt: skip
+    scale = [torch.exp2(s.float() - 127).repeat_interleave(32, 1) for s in (sa, sb)]
+    assert torch.equal(out, (x * scale[0]) @ (y * scale[1].T))
