@@ -66,10 +66,16 @@ def checking() -> bool:
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """`active()`, with every memory access checked. A fault raises `RuntimeError`."""
+    """`active()`, with every memory access checked. A fault raises `RuntimeError`.
+
+    Found are accesses out of a tensor's bounds, races between programs, signed integer overflow,
+    and reads of memory that `torch.empty` and its kin returned in this scope and nothing wrote.
+    """
+    from .poison import PoisonedEmpty
+
     token = _checking.set(True)
     try:
-        with active():
+        with active(), PoisonedEmpty():
             yield
     finally:
         _checking.reset(token)

@@ -80,6 +80,9 @@ class CpuBackend(_Base):
             from .activation import checking
 
             given["checked"] = checking()
+        if given["checked"]:
+            # Triton then asserts that signed integer arithmetic does not overflow
+            given.update(debug=True, sanitize_overflow=True)
         # lists come from JSON
         frozen: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in given.items()

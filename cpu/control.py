@@ -8,6 +8,7 @@ from .cxx import C_TYPES, ELEMENTWISE, elementwise, literal, register_type
 from .effects import emit_effect, is_write
 from .expressions import Buffer
 from .ir import Block, Function, Op, Type, Value
+from .memory import read
 from .nest import Nest, Scope
 from .regions import RegionEmitter
 from .schedule import Scheduler
@@ -22,10 +23,10 @@ _IGNORED = {"llvm.intr.assume", "tt.assume", "ub.poison"}
 class FunctionEmitter:
     """Lines of C++ for one function."""
 
-    def __init__(self, function: Function, vector_bytes: int) -> None:
+    def __init__(self, function: Function, vector_bytes: int, checked: bool = False) -> None:
         self.function = function
         self.analysis = Analysis(function)
-        self.scope = Scope(self.analysis, {}, {}, {})
+        self.scope = Scope(self.analysis, {}, {}, {}, checked)
         self.vector_bytes = vector_bytes
         self.arena = 0
         self.prologue: list[str] = []
@@ -194,7 +195,7 @@ class FunctionEmitter:
             for group in list(here.open):
                 if group.first_store < here.uses.position[op]:
                     here.flush(group)
-            code = f"*(const {C_TYPES[kind.elem]} *)({args[0]})"
+            code = read(self.scope, op, C_TYPES[kind.elem], args[0])
             if len(args) > 1:
                 fill = args[2] if len(args) > 2 else "0"
                 code = f"{args[1]} ? {code} : ({C_TYPES[kind.elem]})({fill})"

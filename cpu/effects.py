@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .cxx import C_TYPES, narrow, widen
 from .expressions import Expr
 from .ir import Op, Value
+from .memory import site, write
 from .nest import Nest
 from .sinks import Sink
 
@@ -36,14 +37,14 @@ def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
         return []
     args = [nest.pull(o, nest.index if o.type.is_tensor else ()) for o in op.operands]
     if op.name == "tt.store":
-        return [_store(op, args)]
+        return [_store(nest, op, args)]
     if op.name == "tt.atomic_rmw":
         return _atomic(nest, op, args)
     if op.name == "tt.atomic_cas":
         kind = C_TYPES[op.result.type.elem]
         code = (f"kx::compare_and_swap<{kind}>(({kind} *){args[0].code}, {args[1].code}, "
                 f"{args[2].code}, {_order(op)})")  # fmt: skip
-        return [_define(nest, op.result, code)]
+        return [_define(nest, op.result, _allowed(nest, op, args[0].code, kind, code))]
     if op.name == "tt.assert":
         text = f"{op.location}: assertion failed: {op.attrs.get('text', [''])[0]}"
         return [f"if (!({args[0].code})) {{ kx::fail(context, {json.dumps(text)}); return; }}"]
@@ -54,10 +55,18 @@ def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
     raise op.refuse("the CPU backend does not support this op")
 
 
-def _store(op: Op, args: list[Expr]) -> str:
+def _store(nest: Nest, op: Op, args: list[Expr]) -> str:
     storage = C_TYPES[op.operands[1].type.elem]
     guard = f"if ({args[2].code}) " if len(args) > 2 else ""
-    return f"{guard}*({storage} *)({args[0].code}) = {args[1].code};"
+    return guard + write(nest.scope, op, storage, args[0].code, args[1].code)
+
+
+def _allowed(nest: Nest, op: Op, address: str, storage: str, code: str) -> str:
+    """An atomic access, in checked mode only where its check passes."""
+    if not nest.scope.checked:
+        return code
+    where = f"context, {address}, {site(nest.scope, op)}, {_order(op)}"
+    return f"kx::checked_atomic<{storage}>({where}) ? {code} : {storage}{{}}"
 
 
 def _order(op: Op) -> str:
@@ -89,6 +98,7 @@ def _atomic(nest: Nest, op: Op, args: list[Expr]) -> list[str]:
         change = f"[&]({storage} old) {{ {_new(action, op, value)} }}"
         code = f"kx::update<{storage}>({place}, {_order(op)}, {change})"
     guard = args[2].code if len(args) > 2 else "true"
+    code = f"({_allowed(nest, op, pointer, storage, code)})"
     return [_define(nest, op.result, f"{guard} ? {code} : ({storage})0")]
 
 

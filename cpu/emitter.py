@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from .control import FunctionEmitter
 from .cxx import register_type
 from .effects import mangle
@@ -18,11 +20,13 @@ def emit_module(module: Module, *, checked: bool = False) -> str:
         Unsupported: an op is not supported; the message names it and its source line.
     """
     lines = [f'#include "{header}"' for header in _HEADERS] + ["#include <omp.h>"]
+    if checked:
+        lines.append('#include "kx_check.h"')
     kernel = module.kernel
     largest = 0
     bodies = []
     for function in (*(f for f in module.functions if not f.public), kernel):
-        emitter = FunctionEmitter(function, host_isa().vector_bytes)
+        emitter = FunctionEmitter(function, host_isa().vector_bytes, checked)
         for argument in function.arguments:
             emitter.scope.scalars[argument] = emitter.scope.fresh("arg")
         body = emitter.body()
@@ -33,7 +37,7 @@ def emit_module(module: Module, *, checked: bool = False) -> str:
             lines.append(declaration(function) + ";")
     for body in bodies:
         lines += body
-    lines += entry(kernel, largest)
+    lines += entry(kernel, largest, checked)
     return "\n".join(lines) + "\n"
 
 
@@ -59,7 +63,7 @@ def signature(function: Function, emitter: FunctionEmitter) -> str:
     return f"static {_returns(function)} {mangle(function.name)}({_parameters(function, names)})"
 
 
-def entry(kernel: Function, scratch: int) -> list[str]:
+def entry(kernel: Function, scratch: int, checked: bool) -> list[str]:
     """The function the launcher calls: unpack arguments, run the programs on all cores."""
     unpacked = []
     for at, argument in enumerate(kernel.arguments):
@@ -70,20 +74,42 @@ def entry(kernel: Function, scratch: int) -> list[str]:
     return [
         'extern "C" __attribute__((visibility("default"))) const char *kx_entry(',
         "    const int32_t *grid, const uint64_t *arguments, const uint64_t *extents) {",
-        "kx::Context context = {grid, extents, nullptr, {}};",
+        "kx::Context context = {grid, extents, nullptr, nullptr, {}};",
         *unpacked,
         "const i64 programs = (i64)grid[0] * grid[1] * grid[2];",
-        "#pragma omp parallel if (programs > 1)",
+        *(_checker(kernel) if checked else ["#pragma omp parallel if (programs > 1)"]),
         "{",
         f"char *arena = kx::scratch({scratch + 4096});",
         "const i64 share = programs / (16 * (i64)omp_get_num_threads());",
-        "#pragma omp for schedule(dynamic, share > 1 ? share : 1)",
+        "" if checked else "#pragma omp for schedule(dynamic, share > 1 ? share : 1)",
         "for (i64 at = 0; at < programs; at++) {",
         "const int32_t program[3] = {(int32_t)(at % grid[0]), (int32_t)(at / grid[0] % grid[1]), "
         "(int32_t)(at / grid[0] / grid[1])};",
+        "check.start(at);" if checked else "",
         f"if (!context.fault) {mangle(kernel.name)}({passed});",
         "}",
         "}",
+        *(
+            [
+                "static char message[sizeof context.message];",
+                "if (context.fault) {",
+                "strcpy(message, (const char *)context.fault);",
+                "return message;",
+                "}",
+            ]
+            if checked
+            else []
+        ),
         "return context.fault;",
         "}",
+    ]
+
+
+def _checker(kernel: Function) -> list[str]:
+    """Checked mode: the shadow memory of this launch; its programs run one after another."""
+    names = ", ".join(json.dumps(a.location.name or a.name) for a in kernel.arguments)
+    return [
+        f"static const char *const names[] = {{{names or 'nullptr'}}};",
+        f"kx::Checker check(&context, names, {len(kernel.arguments)});",
+        "context.check = &check;",
     ]

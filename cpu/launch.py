@@ -53,6 +53,17 @@ def launcher_module() -> ModuleType:
     return module
 
 
+def span(value: Any) -> tuple[int, int]:
+    """First address and end of a tensor; all memory for raw addresses."""
+    if not hasattr(value, "element_size"):
+        return 0, 2**64 - 1
+    start = value.data_ptr()
+    if value.numel() == 0:
+        return start, start
+    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return start, start + value.element_size() * (last + 1)
+
+
 def _kind(ty: str) -> str:
     if ty == "constexpr":
         return "-"
@@ -81,15 +92,16 @@ def make_launcher(source: Any, metadata: Any) -> Callable[..., None]:
     """The callable that Triton uses for `kernel[grid](...)` (see launcher.c for its arguments)."""
     signature = tuple(source.signature.values())
     make = launcher_module().make
+    spans = span if metadata.checked else None
     if not any(isinstance(t, tuple) or str(t).startswith("tensordesc") for t in signature):
-        return make("".join(_kind(t) for t in signature), metadata.checked)
+        return make("".join(_kind(t) for t in signature), spans)
     launchers: dict[str, Callable[..., None]] = {}
 
     def launch(*arguments: Any) -> None:
         flat = [p for t, v in zip(signature, arguments[9:], strict=True) for p in _flatten(t, v)]
         kinds = "".join(kind for kind, _ in flat)
         if kinds not in launchers:
-            launchers[kinds] = make(kinds, metadata.checked)
+            launchers[kinds] = make(kinds, spans)
         launchers[kinds](*arguments[:9], *(value for _, value in flat))
 
     return launch

@@ -16,11 +16,11 @@ typedef const char *(*Kernel)(const int32_t *grid, const uint64_t *arguments,
 typedef struct {
   PyObject_HEAD vectorcallfunc call;
   Py_ssize_t count;
-  int extents;
+  PyObject *span; /* NULL unless the kernel is checked */
   char kinds[MOST];
 } Launcher;
 
-static PyObject *data_ptr, *is_cpu, *untyped_storage, *nbytes;
+static PyObject *data_ptr, *is_cpu;
 
 static int pack_pointer(PyObject *argument, Py_ssize_t at, uint64_t *slot) {
   if (argument == Py_None) {
@@ -52,27 +52,16 @@ static int pack_pointer(PyObject *argument, Py_ssize_t at, uint64_t *slot) {
   return PyErr_Occurred() ? -1 : 0;
 }
 
-/* Bytes from the first element to the end of the storage; all memory where that is unknown. */
-static int pack_extent(PyObject *argument, uint64_t *extent) {
-  extent[0] = 0;
-  extent[1] = UINT64_MAX;
-  if (argument == Py_None || PyLong_Check(argument))
-    return 0;
-  PyObject *storage = PyObject_CallMethodNoArgs(argument, untyped_storage);
-  if (!storage) {
-    PyErr_Clear();
-    return 0;
-  }
-  PyObject *start = PyObject_CallMethodNoArgs(storage, data_ptr);
-  PyObject *size = PyObject_CallMethodNoArgs(storage, nbytes);
-  Py_DECREF(storage);
-  if (start && size) {
-    extent[0] = PyLong_AsUnsignedLongLongMask(start);
-    extent[1] = extent[0] + PyLong_AsUnsignedLongLongMask(size);
-  }
-  Py_XDECREF(start);
-  Py_XDECREF(size);
-  return PyErr_Occurred() ? -1 : 0;
+/* First address and end of a tensor, from the callable given to make(). */
+static int pack_extent(PyObject *span, PyObject *argument, uint64_t *extent) {
+  PyObject *pair = PyObject_CallOneArg(span, argument);
+  if (!pair)
+    return -1;
+  int ok = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2;
+  for (int i = 0; ok && i < 2; i++)
+    extent[i] = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(pair, i));
+  Py_DECREF(pair);
+  return ok && !PyErr_Occurred() ? 0 : -1;
 }
 
 static int pack_float(char kind, PyObject *argument, uint64_t *slot) {
@@ -121,7 +110,7 @@ static int pack(Launcher *self, PyObject *const *arguments, uint64_t *slots, uin
     if (extents) {
       extents[2 * used] = 0;
       extents[2 * used + 1] = UINT64_MAX;
-      if (self->kinds[i] == 'p' && pack_extent(argument, &extents[2 * used]))
+      if (self->kinds[i] == 'p' && pack_extent(self->span, argument, &extents[2 * used]))
         return -1;
     }
     used++;
@@ -151,7 +140,7 @@ static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags,
       return NULL;
     grid[i] = (int32_t)size;
   }
-  if (pack(self, args + FIXED, slots, self->extents ? extents : NULL) || run_hook(args[7], args[6]))
+  if (pack(self, args + FIXED, slots, self->span ? extents : NULL) || run_hook(args[7], args[6]))
     return NULL;
   const char *fault = NULL;
   if (grid[0] > 0 && grid[1] > 0 && grid[2] > 0) {
@@ -159,7 +148,7 @@ static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags,
     if (!kernel && PyErr_Occurred())
       return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    fault = kernel(grid, slots, self->extents ? extents : NULL);
+    fault = kernel(grid, slots, self->span ? extents : NULL);
     Py_END_ALLOW_THREADS;
   }
   if (fault) {
@@ -182,8 +171,8 @@ static PyTypeObject LauncherType = {
 static PyObject *make(PyObject *module, PyObject *args) {
   const char *kinds;
   Py_ssize_t count;
-  int extents;
-  if (!PyArg_ParseTuple(args, "s#p", &kinds, &count, &extents))
+  PyObject *span;
+  if (!PyArg_ParseTuple(args, "s#O", &kinds, &count, &span))
     return NULL;
   if (count > MOST)
     return PyErr_Format(PyExc_ValueError, "a kernel takes at most %d arguments, received %zd", MOST,
@@ -193,22 +182,20 @@ static PyObject *make(PyObject *module, PyObject *args) {
     return NULL;
   self->call = launch;
   self->count = count;
-  self->extents = extents;
+  self->span = span == Py_None ? NULL : Py_NewRef(span);
   memcpy(self->kinds, kinds, (size_t)count);
   return (PyObject *)self;
 }
 
 static PyMethodDef methods[] = {
-    {"make", make, METH_VARARGS, "make(kinds, extents) -> a callable that launches"}, {NULL}};
+    {"make", make, METH_VARARGS, "make(kinds, span) -> a callable that launches; span(tensor) gives (start, end) or is None"}, {NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kexaone_cpu_launcher", NULL, -1,
                                         methods};
 
 PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit_kexaone_cpu_launcher(void) {
   data_ptr = PyUnicode_InternFromString("data_ptr");
   is_cpu = PyUnicode_InternFromString("is_cpu");
-  untyped_storage = PyUnicode_InternFromString("untyped_storage");
-  nbytes = PyUnicode_InternFromString("nbytes");
-  if (!data_ptr || !is_cpu || !untyped_storage || !nbytes || PyType_Ready(&LauncherType) < 0)
+  if (!data_ptr || !is_cpu || PyType_Ready(&LauncherType) < 0)
     return NULL;
   return PyModule_Create(&definition);
 }

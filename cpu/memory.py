@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from .cxx import C_TYPES
@@ -10,7 +11,29 @@ from .ir import Op
 
 if TYPE_CHECKING:
     from .addresses import Affine
-    from .nest import Nest
+    from .nest import Nest, Scope
+
+
+def site(scope: Scope, op: Op) -> str:
+    """Arguments of a checked access: context, program, tensor argument and source position."""
+    arguments = scope.analysis.function.arguments
+    root = scope.analysis.root(op.operands[0])
+    number = arguments.index(root) if root in arguments else -1
+    return f"program, {number}, {json.dumps(str(op.location))}"
+
+
+def read(scope: Scope, op: Op, storage: str, address: str) -> str:
+    """A scalar read of global memory."""
+    if scope.checked:
+        return f"kx::checked_load<{storage}>(context, {address}, {site(scope, op)})"
+    return f"*(const {storage} *)({address})"
+
+
+def write(scope: Scope, op: Op, storage: str, address: str, value: str) -> str:
+    """The statement of a scalar write of global memory."""
+    if scope.checked:
+        return f"kx::checked_store<{storage}>(context, {address}, {value}, {site(scope, op)});"
+    return f"*({storage} *)({address}) = {value};"
 
 
 class Memory:
@@ -29,7 +52,7 @@ class Memory:
         storage = C_TYPES[kind.elem]
         base, level, form = addresses.address(pointer, index)
         if not any(i.lane for i in index):
-            code = f"*(const {storage}*)({base})"
+            code = read(nest.scope, op, storage, base)
             if mask is not None:
                 at, condition = addresses.condition(mask, index)
                 fill = nest.pull(other, index) if other else Expr("0", kind, False, 0)
@@ -92,7 +115,7 @@ class Memory:
         base, _, form = addresses.address(pointer, index)
         if not any(i.lane for i in index):
             guard = f"if ({addresses.condition(mask, index)[1]}) " if mask is not None else ""
-            return f"{guard}*({storage}*)({base}) = {value.code};"
+            return guard + write(nest.scope, op, storage, base, value.code)
         code = nest.as_vector(value)
         if kind.elem == "i1":
             code = f"kx::mask_to_int<uint8_t>({code}, false)"

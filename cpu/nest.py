@@ -29,6 +29,7 @@ class Scope:
     scalars: dict[Value, str]
     buffers: dict[Value, Buffer]
     offsets: dict[Value, str]  # split loop-carried tensor -> the scalar to add
+    checked: bool = False
     counter: int = 0
 
     def fresh(self, prefix: str) -> str:

@@ -71,7 +71,7 @@ class GroupEmitter:
 
     def layout(self, group: Group) -> tuple[int | None, int]:
         """The lane dimension, by vote of the memory accesses, and its lane count."""
-        if any(s.kind == "each" for s in group.sinks):
+        if self._scope.checked or any(s.kind == "each" for s in group.sinks):
             return None, 1
         votes = [0.0] * len(group.shape)
         for pointer, weight in self._pointers(group):

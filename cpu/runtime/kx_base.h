@@ -199,6 +199,7 @@ struct Context {
   const int32_t *grid;
   const uint64_t *extents;
   const char *volatile fault;
+  void *check;
   char message[1024];
 };
 AI void fail(Context *c, const char *message) {
