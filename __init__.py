@@ -9,21 +9,35 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import cpu as cpu
+
 if TYPE_CHECKING:
     from .model.config import Config as Config
     from .model.transformer import KExaone as KExaone
 
 __version__ = "0.1.0"
 
+# `cpu` has no __init__.py (it would shadow a foreign package of that name in a checkout on the
+# path), so its public names are resolved from here.
+_CPU_HOMES = {"active": ".activation", "checked": ".activation"}
 _HOMES = {"Config": ".model.config", "KExaone": ".model.transformer"}
 
-__all__ = ["Config", "KExaone"]
+__all__ = ["Config", "KExaone", "cpu"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kexaone' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name], __name__), name)
+
+
+def _cpu_name(name: str) -> Any:
+    if name not in _CPU_HOMES:
+        raise AttributeError(f"module 'kexaone.cpu' has no attribute {name!r}")
+    return getattr(import_module(_CPU_HOMES[name], cpu.__name__), name)
+
+
+cpu.__dict__["__getattr__"] = _cpu_name
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,107 @@
+"""Loading shared objects and building the launcher of a compiled kernel."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.machinery
+import importlib.util
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from .target import build, build_key
+
+# kinds of the C launcher, one letter per argument
+_FLOAT_KINDS = {"fp64": "d", "fp32": "f", "f32": "f", "fp16": "h", "bf16": "y"}
+
+
+def load(name: str, binary: bytes) -> tuple[ctypes.CDLL, int]:
+    """Load a kernel and return the library (which keeps it alive) and the entry's address."""
+    with tempfile.NamedTemporaryFile(prefix="kexaone-cpu-", suffix=".so") as file:
+        file.write(binary)
+        file.flush()
+        library = ctypes.CDLL(file.name)
+    address = ctypes.cast(getattr(library, "kx_entry"), ctypes.c_void_p).value  # noqa: B009
+    assert address is not None
+    return library, address
+
+
+@functools.lru_cache(maxsize=1)
+def launcher_module() -> ModuleType:
+    """The C launcher, built once per machine and kept in Triton's cache folder."""
+    from triton.runtime.cache import get_cache_manager
+
+    name = "kexaone_cpu_launcher"
+    include = sysconfig.get_paths()["include"]
+    key = f"{build_key()}|{include}|{sysconfig.get_config_var('SOABI')}"
+    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
+    path = cache.get_file(f"{name}.so")
+    if path is None:
+        source = (Path(__file__).parent / "launcher.c").read_text()
+        binary = build(source, f"-I{include}", "-x", "c", "-std=gnu11", language="c")
+        path = cache.put(binary, f"{name}.so", binary=True)
+    loader = importlib.machinery.ExtensionFileLoader(name, path)
+    spec = importlib.util.spec_from_loader(name, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def span(value: Any) -> tuple[int, int]:
+    """First address and end of a tensor; all memory for raw addresses."""
+    if not hasattr(value, "element_size"):
+        return 0, 2**64 - 1
+    start = value.data_ptr()
+    if value.numel() == 0:
+        return start, start
+    last = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True))
+    return start, start + value.element_size() * (last + 1)
+
+
+def _kind(ty: str) -> str:
+    if ty == "constexpr":
+        return "-"
+    if ty.startswith("*"):
+        return "p"
+    return _FLOAT_KINDS.get(ty, "i")
+
+
+def _flatten(ty: Any, value: Any) -> Iterator[tuple[str, Any]]:
+    """Kinds and plain values of one argument: tuples and host descriptors are expanded."""
+    if isinstance(ty, tuple):
+        for inner_type, inner in zip(ty, value, strict=True):
+            yield from _flatten(inner_type, inner)
+    elif ty.startswith("tensordesc"):
+        yield "p", value.base
+        sizes = [*value.shape, *value.strides]
+        yield from (("i", size) for size in sizes)
+        yield "i", getattr(value, "padding", "zero") == "nan"
+        yield "i", getattr(value, "round_f32_to_tf32", False)
+        yield from (("i", size) for size in sizes)
+    else:
+        yield _kind(ty), value
+
+
+def make_launcher(source: Any, metadata: Any) -> Callable[..., None]:
+    """The callable that Triton uses for `kernel[grid](...)` (see launcher.c for its arguments)."""
+    signature = tuple(source.signature.values())
+    make = launcher_module().make
+    spans = span if metadata.checked else None
+    if not any(isinstance(t, tuple) or str(t).startswith("tensordesc") for t in signature):
+        return make("".join(_kind(t) for t in signature), spans)
+    launchers: dict[str, Callable[..., None]] = {}
+
+    def launch(*arguments: Any) -> None:
+        flat = [p for t, v in zip(signature, arguments[9:], strict=True) for p in _flatten(t, v)]
+        kinds = "".join(kind for kind, _ in flat)
+        if kinds not in launchers:
+            launchers[kinds] = make(kinds, spans)
+        launchers[kinds](*arguments[:9], *(value for _, value in flat))
+
+    return launch

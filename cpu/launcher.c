@@ -1,0 +1,201 @@
+/* The launcher: one callable object per compiled kernel, called by Triton as
+   (gx, gy, gz, stream, function, metadata, launch_metadata, enter_hook, exit_hook, *arguments).
+   Arguments are packed into 8-byte slots by their kind, one letter each. */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+#include <string.h>
+#include <structmember.h>
+
+#define FIXED 9
+#define MOST 256
+
+typedef const char *(*Kernel)(const int32_t *grid, const uint64_t *arguments,
+                              const uint64_t *extents);
+
+typedef struct {
+  PyObject_HEAD vectorcallfunc call;
+  Py_ssize_t count;
+  PyObject *span; /* NULL unless the kernel is checked */
+  char kinds[MOST];
+} Launcher;
+
+static PyObject *data_ptr, *is_cpu;
+
+static int pack_pointer(PyObject *argument, Py_ssize_t at, uint64_t *slot) {
+  if (argument == Py_None) {
+    *slot = 0;
+    return 0;
+  }
+  if (PyLong_Check(argument)) {
+    *slot = PyLong_AsUnsignedLongLongMask(argument);
+    return PyErr_Occurred() ? -1 : 0;
+  }
+  PyObject *on_cpu = PyObject_GetAttr(argument, is_cpu);
+  if (!on_cpu)
+    PyErr_Clear();
+  else {
+    int yes = PyObject_IsTrue(on_cpu);
+    Py_DECREF(on_cpu);
+    if (!yes) {
+      PyErr_Format(PyExc_ValueError,
+                   "pointer argument %zd is not in host memory: the CPU backend takes CPU tensors",
+                   at);
+      return -1;
+    }
+  }
+  PyObject *address = PyObject_CallMethodNoArgs(argument, data_ptr);
+  if (!address)
+    return -1;
+  *slot = PyLong_AsUnsignedLongLongMask(address);
+  Py_DECREF(address);
+  return PyErr_Occurred() ? -1 : 0;
+}
+
+/* First address and end of a tensor, from the callable given to make(). */
+static int pack_extent(PyObject *span, PyObject *argument, uint64_t *extent) {
+  PyObject *pair = PyObject_CallOneArg(span, argument);
+  if (!pair)
+    return -1;
+  int ok = PyTuple_Check(pair) && PyTuple_GET_SIZE(pair) == 2;
+  for (int i = 0; ok && i < 2; i++)
+    extent[i] = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(pair, i));
+  Py_DECREF(pair);
+  return ok && !PyErr_Occurred() ? 0 : -1;
+}
+
+static int pack_float(char kind, PyObject *argument, uint64_t *slot) {
+  double value = PyFloat_AsDouble(argument);
+  if (value == -1.0 && PyErr_Occurred())
+    return -1;
+  *slot = 0;
+  if (kind == 'd')
+    memcpy(slot, &value, 8);
+  else if (kind == 'h') {
+    char bytes[2];
+    if (PyFloat_Pack2(value, bytes, 1))
+      return -1;
+    memcpy(slot, bytes, 2);
+  } else {
+    float narrow = (float)value;
+    uint32_t bits;
+    memcpy(&bits, &narrow, 4);
+    if (kind == 'y')
+      bits = narrow != narrow ? (bits >> 16) | 0x40 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    memcpy(slot, &bits, 4);
+  }
+  return 0;
+}
+
+static int pack(Launcher *self, PyObject *const *arguments, uint64_t *slots, uint64_t *extents) {
+  Py_ssize_t used = 0;
+  for (Py_ssize_t i = 0; i < self->count; i++) {
+    PyObject *argument = arguments[i];
+    switch (self->kinds[i]) {
+    case '-': /* constexpr */
+      continue;
+    case 'p':
+      if (pack_pointer(argument, i, &slots[used]))
+        return -1;
+      break;
+    case 'i':
+      slots[used] = PyLong_AsUnsignedLongLongMask(argument);
+      if (PyErr_Occurred())
+        return -1;
+      break;
+    default:
+      if (pack_float(self->kinds[i], argument, &slots[used]))
+        return -1;
+    }
+    if (extents) {
+      extents[2 * used] = 0;
+      extents[2 * used + 1] = UINT64_MAX;
+      if (self->kinds[i] == 'p' && pack_extent(self->span, argument, &extents[2 * used]))
+        return -1;
+    }
+    used++;
+  }
+  return 0;
+}
+
+static int run_hook(PyObject *hook, PyObject *metadata) {
+  if (hook == Py_None)
+    return 0;
+  PyObject *done = PyObject_CallOneArg(hook, metadata);
+  Py_XDECREF(done);
+  return done ? 0 : -1;
+}
+
+static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags, PyObject *names) {
+  Launcher *self = (Launcher *)callable;
+  Py_ssize_t given = PyVectorcall_NARGS(flags);
+  if (names || given != FIXED + self->count)
+    return PyErr_Format(PyExc_TypeError, "the launcher takes %zd arguments, received %zd",
+                        FIXED + self->count, given);
+  uint64_t slots[MOST], extents[2 * MOST];
+  int32_t grid[3];
+  for (int i = 0; i < 3; i++) {
+    long size = PyLong_AsLong(args[i]);
+    if (size == -1 && PyErr_Occurred())
+      return NULL;
+    grid[i] = (int32_t)size;
+  }
+  if (pack(self, args + FIXED, slots, self->span ? extents : NULL) || run_hook(args[7], args[6]))
+    return NULL;
+  const char *fault = NULL;
+  if (grid[0] > 0 && grid[1] > 0 && grid[2] > 0) {
+    Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[4]);
+    if (!kernel && PyErr_Occurred())
+      return NULL;
+    Py_BEGIN_ALLOW_THREADS;
+    fault = kernel(grid, slots, self->span ? extents : NULL);
+    Py_END_ALLOW_THREADS;
+  }
+  if (fault) {
+    PyErr_SetString(PyExc_RuntimeError, fault);
+    return NULL;
+  }
+  if (run_hook(args[8], args[6]))
+    return NULL;
+  Py_RETURN_NONE;
+}
+
+static PyTypeObject LauncherType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kexaone.cpu.Launcher",
+    .tp_basicsize = sizeof(Launcher),
+    .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL,
+    .tp_vectorcall_offset = offsetof(Launcher, call),
+    .tp_call = PyVectorcall_Call,
+};
+
+static PyObject *make(PyObject *module, PyObject *args) {
+  const char *kinds;
+  Py_ssize_t count;
+  PyObject *span;
+  if (!PyArg_ParseTuple(args, "s#O", &kinds, &count, &span))
+    return NULL;
+  if (count > MOST)
+    return PyErr_Format(PyExc_ValueError, "a kernel takes at most %d arguments, received %zd", MOST,
+                        count);
+  Launcher *self = PyObject_New(Launcher, &LauncherType);
+  if (!self)
+    return NULL;
+  self->call = launch;
+  self->count = count;
+  self->span = span == Py_None ? NULL : Py_NewRef(span);
+  memcpy(self->kinds, kinds, (size_t)count);
+  return (PyObject *)self;
+}
+
+static PyMethodDef methods[] = {
+    {"make", make, METH_VARARGS, "make(kinds, span) -> a callable that launches; span(tensor) gives (start, end) or is None"}, {NULL}};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kexaone_cpu_launcher", NULL, -1,
+                                        methods};
+
+PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit_kexaone_cpu_launcher(void) {
+  data_ptr = PyUnicode_InternFromString("data_ptr");
+  is_cpu = PyUnicode_InternFromString("is_cpu");
+  if (!data_ptr || !is_cpu || PyType_Ready(&LauncherType) < 0)
+    return NULL;
+  return PyModule_Create(&definition);
+}

@@ -1,0 +1,141 @@
+"""The machine and the C++ compiler: what to build for, and how.
+
+Features are read at run time. `KEXAONE_CPU_ISA` (avx512, avx2, baseline) narrows them, and `CXX`
+names the compiler; both are part of every cache key.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+# Contraction is off so that TTIR's mulf + addf stay two roundings; NaN and signed zero rules stay.
+_FLAGS = [
+    "-O2", "-std=gnu++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
+    "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fno-strict-aliasing",
+    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
+]  # fmt: skip
+_AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
+
+
+@dataclass(frozen=True)
+class Isa:
+    """Instruction set: compiler flags and bytes per vector register."""
+
+    name: str
+    vector_bytes: int
+    flags: tuple[str, ...]
+
+
+def choose_isa(machine: str, features: frozenset[str], limit: str = "") -> Isa:
+    """The widest instruction set that the features allow, no wider than `limit`."""
+    if machine in ("aarch64", "arm64"):
+        extra = "+".join(["", *(f for f in ("bf16", "i8mm") if f in features)])
+        return Isa("neon", 16, (f"-march=armv8.2-a+fp16{extra.rstrip('+')}",))
+    common = tuple(f"-m{f}" for f in ("fma", "f16c", "bmi2") if f in features)
+    if limit in ("", "avx512") and features.issuperset(_AVX512):
+        optional = tuple(
+            flag
+            for feature, flag in (("avx512_bf16", "-mavx512bf16"), ("avx512vbmi", "-mavx512vbmi"))
+            if feature in features
+        )
+        flags = (*common, *(f"-m{f}" for f in _AVX512), *optional, "-mprefer-vector-width=512")
+        return Isa("avx512", 64, flags)
+    if limit in ("", "avx512", "avx2") and {"avx2", "fma", "f16c"} <= features:
+        return Isa("avx2", 32, ("-mavx2", *common))
+    return Isa("baseline", 16, ())
+
+
+@functools.lru_cache(maxsize=1)
+def host_features() -> frozenset[str]:
+    """Feature words of the first processor in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    rows = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(rows, "").split())
+
+
+def host_isa() -> Isa:
+    return _host_isa(os.environ.get("KEXAONE_CPU_ISA", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _host_isa(limit: str) -> Isa:
+    return choose_isa(platform.machine(), host_features(), limit)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: absolute path and first line of its version."""
+
+    path: str
+    version: str
+
+
+def host_compiler() -> Compiler:
+    """$CXX, else g++, else clang++.
+
+    Raises:
+        RuntimeError: none of them is installed.
+    """
+    return _compiler(os.environ.get("CXX", ""))
+
+
+@functools.lru_cache(maxsize=8)
+def _compiler(preferred: str) -> Compiler:
+    for name in (preferred, "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+            return Compiler(path, done.stdout.splitlines()[0])
+    raise RuntimeError("the CPU backend needs a C++ compiler: install g++ or clang++, or set CXX")
+
+
+@functools.lru_cache(maxsize=1)
+def plugin_digest() -> str:
+    """Digest of every source file of this backend: Triton's own key does not cover plug-ins."""
+    digest = hashlib.sha256()
+    folder = Path(__file__).parent
+    for file in sorted(folder.rglob("*")):
+        if file.suffix in (".py", ".h", ".c"):
+            digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def build_key() -> str:
+    """What a compiled kernel depends on besides its own source."""
+    compiler, isa = host_compiler(), host_isa()
+    return "|".join((plugin_digest(), compiler.path, compiler.version, isa.name, *isa.flags))
+
+
+def build(source: str, *extra: str, language: str = "c++") -> bytes:
+    """Compile one translation unit to a shared object and return its bytes.
+
+    Raises:
+        RuntimeError: the compiler fails; its first error is in the message.
+    """
+    isa, compiler = host_isa(), host_compiler()
+    runtime = Path(__file__).parent / "runtime"
+    with tempfile.TemporaryDirectory(prefix="kexaone-cpu-") as folder:
+        suffix = ".c" if language == "c" else ".cpp"
+        file, output = Path(folder, "kernel" + suffix), Path(folder, "kernel.so")
+        file.write_text(source)
+        command = [compiler.path, *_FLAGS, *isa.flags, f"-DKX_VECTOR_BYTES={isa.vector_bytes}",
+                   f"-I{runtime}", *extra, str(file), "-o", str(output)]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            kept = os.environ.get("KEXAONE_CPU_KEEP")
+            if kept:
+                Path(kept).write_text(source)
+            raise RuntimeError(f"the C++ compiler failed: {(errors or [done.stderr])[0]}")
+        return output.read_bytes()
