@@ -162,7 +162,7 @@ def scaled_operands(op: Op) -> tuple[Value, Value | None, Value, Value | None, V
         return first, None, rest[0], None, c
     has_left = rest[0].type.dims[-2] == first.type.dims[-2] and rest[0].type.stored_bytes == 1
     has_left = has_left and rest[0].type.dims[-1] < first.type.dims[-1]
-    return (first, rest[0], rest[1], None, c) if has_left else (first, None, *rest, c)
+    return (first, rest[0], rest[1], None, c) if has_left else (first, None, rest[0], rest[1], c)
 
 
 def _scaled_tile(

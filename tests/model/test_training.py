@@ -84,7 +84,7 @@ def balance_by_hand(scores: Tensor, ids: Tensor) -> float:
     return total
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     config=variants(), batch=st.integers(1, 3), length=st.integers(5, 8), seed=st.integers(0, 99)
 )
@@ -116,18 +116,16 @@ def test_training_loss_equals_plain_loops(
 
 
 def test_one_document_does_not_see_another() -> None:
-    model = KExaone(TINY).double()
-    ids = torch.randint(0, 32, (2, 8))
-    grads = []
+    torch.manual_seed(1)
+    model, ids = KExaone(TINY).double(), torch.randint(0, 32, (2, 8))
     for other in (ids[1], ids[1].flip(0)):
-        loss = training_loss(model, torch.stack([ids[0], other]), **LOSS_OPTIONS)
-        alone = [training_loss(model, row[None], **LOSS_OPTIONS) for row in (ids[0], other)]
+        with torch.no_grad():
+            loss = training_loss(model, torch.stack([ids[0], other]))
+            alone = [training_loss(model, row[None]) for row in (ids[0], other)]
         for name in ("next_token", "mtp", "balance"):
-            both = mean([float(getattr(x, name)) for x in alone])
-            # float32 means over 16 tokens instead of 8 twice
-            assert float(getattr(loss, name)) == pytest.approx(both, rel=20 * 2**-24)
-        grads.append(torch.autograd.grad(loss.total, model.lm_head.weight)[0])
-    assert not torch.equal(*grads)
+            expected = mean([float(getattr(x, name)) for x in alone])
+            # float32 means over 16 tokens instead of twice over 8
+            assert float(getattr(loss, name)) == pytest.approx(expected, rel=20 * 2**-24)
 
 
 @pytest.mark.parametrize("shape", [(8,), (2, 3), (0, 8), (1, 2, 8)])
@@ -160,13 +158,17 @@ def test_balance_loss(
     ]
     loss = balance_loss(routing, counts)
     # float32: a share is a sum of E and a quotient, then sums over T, E and B; all terms positive
-    roundings = 2 * experts + tokens + batch + 6
+    error = (2 * experts + tokens + batch + 6) * 2**-24
     expected = mean([balance_by_hand(*row) for row in rows])
-    assert float(loss) == pytest.approx(expected, rel=roundings * 2**-24)
+    assert float(loss.detach()) == pytest.approx(expected, rel=error)
     (grad,) = torch.autograd.grad(loss, scores)
-    # it falls when a chosen-too-often expert is scored lower: down the gradient is downhill
-    lower = Routing(scores.detach() - 1e-4 * grad / (grad.norm() + 1), ids, routing.weights_TK)
-    assert float(balance_loss(lower, counts)) <= float(loss) * (1 + roundings * 2**-23)
+    frequency = counts.double() * experts / (top_k * tokens)
+    for row, (row_scores, _) in enumerate(rows):
+        sums = row_scores.double().sum(-1, keepdim=True)
+        overload = frequency[row] - row_scores.double() / sums @ frequency[row][:, None]
+        # the two terms of the difference, each below the largest frequency, may cancel
+        off = grad.view(batch, tokens, experts)[row] * sums * batch * tokens - overload
+        assert off.abs().max() <= 2 * error * frequency[row].max()
 
 
 @settings(max_examples=30, deadline=None)
@@ -186,6 +188,8 @@ def test_router_bias_moves_by_the_rate(loads: list[list[int]], rate: float, star
         step = torch.tensor(rate, dtype=torch.float32)
         assert bias.dtype == torch.float32
         assert torch.equal(bias, start + step * torch.tensor(signs, dtype=torch.float32))
+    with pytest.raises(ValueError, match="the model has 2 sparse layers, got 1 loads"):
+        update_router_bias(model, [torch.tensor(loads[0])])
 
 
 class Stepped:
@@ -236,8 +240,9 @@ def test_clipping(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
     free, clipped = new_trainer(clip=1e9), new_trainer(clip=clip)
     wanted, got = Stepped(free, monkeypatch), Stepped(clipped, monkeypatch)
     norm, report = free.step().grad_norm, clipped.step()
-    assert report.grad_norm == norm == pytest.approx(wanted.norm, rel=1e-5)
-    # torch divides by norm + 1e-6; every gradient is rounded once to float32
+    # float32: the squares of at most 1,024 elements are added in at least 8 lanes, 128 roundings of
+    # 2^-24 that the root halves: 4e-6; torch divides by norm + 1e-6, and the norm is above 1
+    assert report.grad_norm == norm == pytest.approx(wanted.norm, rel=1e-5) and norm > 1
     assert got.norm == pytest.approx(min(clip, norm), rel=1e-5)
     for name, grad in wanted.grads.items():
         scaled = grad * min(1.0, clip / (norm + 1e-6))
@@ -259,15 +264,14 @@ def test_gradient_that_is_not_finite_changes_nothing() -> None:
 def test_loss_falls_on_a_repeating_text() -> None:
     torch.manual_seed(3)
     text = torch.tensor([3, 14, 15, 9, 26, 5, 3, 14, 2]).repeat(40)
-    chosen = TrainSettings(steps=60, batch_size=4, sequence_length=24, learning_rate=0.02, warmup=5)
-    trainer = Trainer(KExaone(TINY), Windows(text, 24), chosen)
+    chosen = TrainSettings(steps=60, batch_size=4, sequence_length=25, learning_rate=0.02, warmup=5)
+    trainer = Trainer(KExaone(TINY), Windows(text, 25), chosen)
     reports = [trainer.step() for _ in range(60)]
-    # 3 -> 14 is followed by 15 or 2, which only the tokens before them tell apart: a model that
-    # knows single tokens only is left with 2/9 ln 2 = 0.15
     assert reports[0].next_token > 3 and reports[0].mtp > 3
-    # the first two or three tokens of a window are a guess; the others can be known
-    assert reports[-1].next_token < 0.5 and reports[-1].mtp < 0.5
-    assert trainer.evaluate(Windows(text[5:], 24), 2) < 0.5
+    # 14 is followed by 15 or by 2, which only the tokens before it tell: whoever looks at single
+    # tokens cannot get below 2/9 ln 2 = 0.154
+    assert reports[-1].next_token < 0.1 and reports[-1].mtp < 0.1
+    assert trainer.evaluate(Windows(text[5:], 25), 2) < 0.1
 
 
 def test_evaluate_is_the_mean_loss_and_leaves_no_trace() -> None:
