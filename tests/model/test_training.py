@@ -278,7 +278,8 @@ def test_evaluate_is_the_mean_loss_and_leaves_no_trace() -> None:
     trainer = new_trainer()
     expected, held_out = state_of(trainer), windows(seed=4)
     losses = [
-        training_loss(trainer.model, Windows.batch(held_out, i, 2)).next_token for i in range(3)
+        training_loss(trainer.model, Windows.batch(held_out, i, 2)).next_token.detach()
+        for i in range(3)
     ]
     for training in (True, False):
         trainer.model.train(training)
