@@ -47,7 +47,8 @@ def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
         return [_define(nest, op.result, _allowed(nest, op, args[0].code, kind, code))]
     if op.name == "tt.assert":
         text = f"{op.location}: assertion failed: {op.attrs.get('text', [''])[0]}"
-        return [f"if (!({args[0].code})) {{ kx::fail(context, {json.dumps(text)}); return; }}"]
+        stop = "return {};" if function.function.results else "return;"
+        return [f"if (!({args[0].code})) {{ kx::fail(context, {json.dumps(text)}); {stop} }}"]
     if op.name == "tt.print":
         return _print(nest, op, args)
     if op.name == "tt.call":

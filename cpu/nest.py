@@ -6,6 +6,7 @@ expression is emitted at the outermost loop level whose variables it needs, once
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from .addresses import Addresses
@@ -202,11 +203,20 @@ class Nest:
                 e = Expr(literal(op.attrs["value"], op.result.type.elem), op.result.type, False, 0)
                 local[op.result] = e
                 continue
+            if op.name == "tt.assert":
+                self._assert(op, local[op.operands[0]])
+                continue
             if op.regions or op.name.startswith(("tt.call", "cf.")):
                 raise op.refuse("control flow inside a combine function is not supported")
             inputs = [local.get(o) or self.pull(o, ()) for o in op.operands]
             local[op.result] = self.apply(op, inputs)
         return [local.get(v) or self.pull(v, ()) for v in block.ops[-1].operands]
+
+    def _assert(self, op: Op, condition: Expr) -> None:
+        """An assertion inside a combine function."""
+        text = f"{op.location}: assertion failed: {op.attrs.get('text', [''])[0]}"
+        holds = f"kx::all_true({condition.code})" if condition.vector else condition.code
+        self.emit(condition.level, f"if (!({holds})) kx::fail(context, {json.dumps(text)});")
 
     # ---- scratch buffers
 

@@ -246,7 +246,7 @@ def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
     slot = f"[{nest.strip}u]" if unroll > 1 else ""
     for name, kind, value in zip(accumulators, types, sink.values, strict=True):
         dim = f"[{unroll}]" if unroll > 1 else ""
-        nest.emit(at, f"{kind} {name}{dim};")
+        nest.emit(at, f"{kind} {name}{dim}{{}};")
         if start is not None:
             first = splat(start, value.type.elem, lanes)
             for u in range(unroll):

@@ -2,7 +2,7 @@
 //
 // Races are found by happens-before (Flanagan, Freund, FastTrack, PLDI 2009): every program has a
 // clock, an acquiring atomic learns what the releasing ones before it knew. Programs run one after
-// another, so a report does not depend on timing. Shadow memory takes 32 bytes per tensor byte.
+// another, so a report does not depend on timing. Shadow memory takes 32 bytes per touched byte.
 #pragma once
 #include "kx_base.h"
 #include <stdio.h>
@@ -17,31 +17,15 @@ struct Cell { Stamp writer, atomic, reader, other_reader; };
 typedef std::unordered_map<int32_t, int32_t> Clocks;
 
 struct Checker {
-  struct Span { uint64_t low, high; std::vector<Cell> cells; };
   Context *context;
   const char *const *names;
   int arguments;
-  std::vector<Span> spans;
+  std::unordered_map<uint64_t, std::vector<Cell>> pages; // shadow of 4096 bytes each, when touched
   std::unordered_map<uint64_t, Clocks> released;
   Clocks known;
   int32_t program = -1, clock = 1;
 
-  Checker(Context *c, const char *const *n, int count) : context(c), names(n), arguments(count) {
-    for (int i = 0; i < count; i++) {
-      uint64_t low = c->extents[2 * i], high = c->extents[2 * i + 1];
-      if (high == UINT64_MAX || low >= high) continue;
-      Span merged{low, high, {}};
-      for (size_t k = 0; k < spans.size();) {
-        if (spans[k].low < merged.high && merged.low < spans[k].high) {
-          merged.low = merged.low < spans[k].low ? merged.low : spans[k].low;
-          merged.high = merged.high > spans[k].high ? merged.high : spans[k].high;
-          spans.erase(spans.begin() + k);
-        } else k++;
-      }
-      spans.push_back(merged);
-    }
-    for (Span &s : spans) s.cells.resize(s.high - s.low);
-  }
+  Checker(Context *c, const char *const *n, int count) : context(c), names(n), arguments(count) {}
   void start(int32_t p) { program = p; clock = 1; known.clear(); }
 
   bool ordered(Stamp s) {
@@ -66,40 +50,41 @@ struct Checker {
     report(what, site, pid, argument, address, size, -1);
     return false;
   }
-  Cell *cells(uint64_t address, int size) {
-    for (Span &s : spans) if (address >= s.low && address + size <= s.high) return &s.cells[address - s.low];
-    return nullptr;
+  Cell &cell(uint64_t address) {
+    std::vector<Cell> &page = pages[address >> 12];
+    if (page.empty()) page.resize(4096);
+    return page[address & 4095];
   }
   void race(const char *what, Stamp s, const char *site, const int32_t *pid, int argument, uint64_t address, int size) {
     if (!ordered(s)) report(what, site, pid, argument, address, size, s.program);
   }
   void reads(const char *site, const int32_t *pid, int argument, uint64_t address, int size) {
-    Cell *c = cells(address, size);
-    for (int i = 0; c && i < size; i++) {
-      race("race, read of what another program writes", c[i].writer, site, pid, argument, address, size);
-      race("race, plain read of what another program changes atomically", c[i].atomic, site, pid, argument, address, size);
-      if (!ordered(c[i].reader)) c[i].other_reader = c[i].reader;
-      c[i].reader = {program, clock};
+    for (int i = 0; i < size; i++) {
+      Cell &c = cell(address + i);
+      race("race, read of what another program writes", c.writer, site, pid, argument, address, size);
+      race("race, plain read of what another program changes atomically", c.atomic, site, pid, argument, address, size);
+      if (!ordered(c.reader)) c.other_reader = c.reader;
+      c.reader = {program, clock};
     }
   }
   void writes(const char *site, const int32_t *pid, int argument, uint64_t address, int size) {
-    Cell *c = cells(address, size);
-    for (int i = 0; c && i < size; i++) {
-      race("race, two programs write", c[i].writer, site, pid, argument, address, size);
-      race("race, plain write of what another program changes atomically", c[i].atomic, site, pid, argument, address, size);
-      race("race, write of what another program reads", c[i].reader, site, pid, argument, address, size);
-      race("race, write of what another program reads", c[i].other_reader, site, pid, argument, address, size);
-      c[i].writer = {program, clock};
+    for (int i = 0; i < size; i++) {
+      Cell &c = cell(address + i);
+      race("race, two programs write", c.writer, site, pid, argument, address, size);
+      race("race, plain write of what another program changes atomically", c.atomic, site, pid, argument, address, size);
+      race("race, write of what another program reads", c.reader, site, pid, argument, address, size);
+      race("race, write of what another program reads", c.other_reader, site, pid, argument, address, size);
+      c.writer = {program, clock};
     }
   }
   void updates(const char *site, const int32_t *pid, int argument, uint64_t address, int size, int order) {
-    Cell *c = cells(address, size);
     if (order == __ATOMIC_ACQUIRE || order == __ATOMIC_ACQ_REL)
       for (auto &k : released[address]) if (known[k.first] < k.second) known[k.first] = k.second;
-    for (int i = 0; c && i < size; i++) {
-      race("race, atomic access to what another program writes", c[i].writer, site, pid, argument, address, size);
-      race("race, atomic access to what another program reads", c[i].reader, site, pid, argument, address, size);
-      c[i].atomic = {program, clock};
+    for (int i = 0; i < size; i++) {
+      Cell &c = cell(address + i);
+      race("race, atomic access to what another program writes", c.writer, site, pid, argument, address, size);
+      race("race, atomic access to what another program reads", c.reader, site, pid, argument, address, size);
+      c.atomic = {program, clock};
     }
     if (order == __ATOMIC_RELEASE || order == __ATOMIC_ACQ_REL) {
       Clocks &to = released[address];
