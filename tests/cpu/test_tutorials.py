@@ -248,3 +248,80 @@ def test_persistent_matmul_with_descriptors():
                             TensorDescriptor.from_tensor(b, [32, 32]), c, m, n, k, BM=32, BN=32,
                             BK=32)  # fmt: skip
     assert torch.equal(c, (a.float() @ b.float().T).bfloat16())
+
+
+@triton.jit
+def attention_kernel(q, k, v, out, lse, T, scale, D: tl.constexpr, BM: tl.constexpr,
+                     BN: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+    base = tl.program_id(1).to(tl.int64) * T * D
+    m, d = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, D)
+    rows = m[:, None] < T
+    query = tl.load(q + base + m[:, None] * D + d[None, :], mask=rows, other=0.0)
+    top, total = tl.full([BM], -float("inf"), tl.float32), tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    last = tl.minimum((tl.program_id(0) + 1) * BM, T) if CAUSAL else T
+    for start in range(0, last, BN):
+        n = start + tl.arange(0, BN)
+        columns = n[:, None] < T
+        key = tl.load(k + base + n[:, None] * D + d[None, :], mask=columns, other=0.0)
+        value = tl.load(v + base + n[:, None] * D + d[None, :], mask=columns, other=0.0)
+        s = tl.dot(query, key.T) * scale
+        seen = n[None, :] < T
+        if CAUSAL:
+            seen = seen & (n[None, :] <= m[:, None])
+        s = tl.where(seen, s, -float("inf"))
+        higher = tl.maximum(top, tl.max(s, 1))
+        p = tl.exp(s - higher[:, None])
+        shrink = tl.exp(top - higher)
+        total = total * shrink + tl.sum(p, 1)
+        acc = tl.dot(p.to(value.dtype), value, acc * shrink[:, None])
+        top = higher
+    tl.store(out + base + m[:, None] * D + d[None, :], acc / total[:, None], mask=rows)
+    tl.store(lse + tl.program_id(1) * T + m, top + tl.log(total), mask=m < T)
+
+
+@triton.jit
+def attention_backward_kernel(q, k, v, out, lse, do, dq, dk, dv, T, scale, D: tl.constexpr,
+                              B: tl.constexpr, CAUSAL: tl.constexpr):  # fmt: skip
+    base, row = tl.program_id(1).to(tl.int64) * T * D, tl.program_id(1) * T
+    n, d = tl.program_id(0) * B + tl.arange(0, B), tl.arange(0, D)
+    at = base + n[:, None] * D + d[None, :]
+    key = tl.load(k + at, mask=n[:, None] < T, other=0.0)
+    value = tl.load(v + at, mask=n[:, None] < T, other=0.0)
+    grad_k, grad_v = tl.zeros([B, D], tl.float32), tl.zeros([B, D], tl.float32)
+    for start in range(0, T, B):
+        m = start + tl.arange(0, B)
+        to = base + m[:, None] * D + d[None, :]
+        rows = m[:, None] < T
+        query, grad = tl.load(q + to, mask=rows, other=0.0), tl.load(do + to, mask=rows, other=0.0)
+        delta = tl.sum(grad * tl.load(out + to, mask=rows, other=0.0), 1)
+        log_sum = tl.load(lse + row + m, mask=m < T, other=0.0)
+        seen = (n[:, None] < T) & (m[None, :] < T)
+        if CAUSAL:
+            seen = seen & (n[:, None] <= m[None, :])
+        p = tl.where(seen, tl.exp(tl.dot(key, query.T) * scale - log_sum[None, :]), 0.0)
+        grad_v = tl.dot(p, grad, grad_v)
+        ds = p * (tl.dot(value, grad.T) - delta[None, :]) * scale
+        grad_k = tl.dot(ds, query, grad_k)
+        tl.atomic_add(dq + to, tl.dot(ds.T, key), mask=rows)
+    tl.store(dk + at, grad_k, mask=n[:, None] < T)
+    tl.store(dv + at, grad_v, mask=n[:, None] < T)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_fused_attention_forward_and_backward(causal):
+    heads, tokens, dim = 3, 75, 32
+    q, k, v = (torch.randn(heads, tokens, dim, requires_grad=True) for _ in "qkv")
+    out, lse = torch.full((heads, tokens, dim), float("nan")), torch.empty(heads, tokens)
+    grid = (triton.cdiv(tokens, 32), heads)
+    plain = [t.detach() for t in (q, k, v)]
+    attention_kernel[grid](*plain, out, lse, tokens, dim**-0.5, D=dim, BM=32, BN=16, CAUSAL=causal)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+    grad = torch.randn_like(out)
+    want.backward(grad)
+    dq, dk, dv = torch.zeros_like(out), torch.empty_like(out), torch.empty_like(out)
+    attention_backward_kernel[grid](*plain, out, lse, grad, dq, dk, dv, tokens, dim**-0.5, D=dim,
+                                    B=32, CAUSAL=causal)  # fmt: skip
+    for got, leaf in ((dq, q), (dk, k), (dv, v)):
+        torch.testing.assert_close(got, leaf.grad, rtol=1e-4, atol=1e-5)
