@@ -1,12 +1,12 @@
 """Turning the backend on in a scope: `with kexaone.cpu.active():`.
 
-Triton keeps one driver per process. For the time that any scope is open, that driver is a proxy
-which asks a context variable: threads and tasks outside the scope still reach the driver that was
-there before.
+Triton keeps one driver per process. From the first scope on, that driver is a proxy which asks a
+context variable: threads and tasks outside a scope still reach the driver that was there before.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Iterator
@@ -17,10 +17,15 @@ from typing import Any
 _in_scope: ContextVar[bool] = ContextVar("kexaone_cpu_active", default=False)
 _checking: ContextVar[bool] = ContextVar("kexaone_cpu_checking", default=False)
 _lock = threading.Lock()
+_installed: list[_Proxy] = []
 
 
 class _Proxy:
-    """Resolves every attribute on the CPU driver inside a scope, on the former one outside."""
+    """Resolves every attribute on the CPU driver inside a scope, on the former one outside.
+
+    Once installed it stays: a kernel that is collected after the last scope still asks the driver
+    to unload it, and must not reach a foreign driver, nor one that cannot be built.
+    """
 
     def __init__(self, config: Any) -> None:
         from .driver import CpuDriver
@@ -28,35 +33,56 @@ class _Proxy:
         self._config = config
         self._former = config._active
         self._cpu = CpuDriver()
-        self._scopes = 0
+
+    def _outside(self) -> Any:
+        return self._former if self._former is not None else self._config.default
+
+    @property
+    def utils(self) -> Any:
+        return self._cpu.utils if _in_scope.get() else _Utilities(self)
 
     def __getattr__(self, name: str) -> Any:
-        if _in_scope.get():
-            return getattr(self._cpu, name)
-        former = self._former if self._former is not None else self._config.default
-        return getattr(former, name)
+        return getattr(self._cpu if _in_scope.get() else self._outside(), name)
+
+
+class _Utilities:
+    """The former driver's utilities, never given a module of ours."""
+
+    def __init__(self, proxy: _Proxy) -> None:
+        self._proxy = proxy
+
+    def unload_module(self, module: Any) -> None:
+        if not isinstance(module, ctypes.CDLL):
+            self._proxy._outside().utils.unload_module(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._proxy._outside().utils, name)
+
+
+def _install() -> None:
+    """Make the proxy Triton's driver, also where Inductor put ours in its place for good."""
+    from triton.runtime import driver
+
+    if isinstance(driver._active, _Proxy):
+        return
+    with _lock:
+        proxy = _installed[0] if _installed else _Proxy(driver)
+        if not isinstance(driver._active, type(proxy._cpu) | _Proxy):
+            proxy._former = driver._active
+        _installed[:] = [proxy]
+        driver.set_active(proxy)  # pyright: ignore[reportArgumentType]
 
 
 @contextmanager
 def active() -> Iterator[None]:
     """Triton kernels launched in this scope, by this thread or task, run on the CPU."""
-    from triton.runtime import driver
-
-    with _lock:
-        proxy = driver._active
-        if not isinstance(proxy, _Proxy):
-            proxy = _Proxy(driver)
-            driver.set_active(proxy)  # pyright: ignore[reportArgumentType]
-        proxy._scopes += 1
+    _install()
     token = _in_scope.set(True)
     try:
         yield
     finally:
         _in_scope.reset(token)
-        with _lock:
-            proxy._scopes -= 1
-            if proxy._scopes == 0 and driver._active is proxy:
-                driver._active = proxy._former
+        _install()
 
 
 def checking() -> bool:

@@ -96,13 +96,32 @@ def test_scopes_nest_and_restore():
     assert driver._active is outside
 
 
-def test_leaving_the_last_scope_restores_the_former_driver():
+def test_leaving_the_last_scope_gives_the_former_driver_back():
     out = run(
         "import kexaone, triton\n"
         "with kexaone.cpu.active(): print(triton.runtime.driver.active.get_current_device())\n"
-        "print(triton.runtime.driver._active)"
+        "try: triton.runtime.driver.active.get_current_device()\n"
+        "except RuntimeError as error: print(error)"
     )
-    assert out == "-1\nNone"
+    assert out.startswith("-1\n0 active drivers")
+
+
+def test_a_kernel_collected_outside_every_scope_reaches_no_other_driver(tmp_path):
+    """Triton unloads a kernel through whatever driver is active when it is collected."""
+    (tmp_path / "kernels.py").write_text(
+        "import triton, triton.language as tl\n@triton.jit\ndef one(x): tl.store(x, 1.0)\n"
+    )
+    code = (
+        "import kexaone, torch, kernels\n"
+        "x = torch.zeros(1)\n"
+        "with kexaone.cpu.active(): kernels.one[(1,)](x)\n"
+        "del kernels.one; import gc; gc.collect(); print(int(x))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.stderr) == ("1", "")
 
 
 def test_threads_outside_the_scope_do_not_see_it():

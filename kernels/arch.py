@@ -1,0 +1,63 @@
+"""What a kernel's configuration depends on: the features of the processor it will run on."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One instruction-set generation.
+
+    `processors` are streaming multiprocessors (compute units, cores) of its largest part,
+    `shared_bytes` the shared memory one program may use, `registers` the 32-bit registers of one
+    processor, `warps` the most warps one processor holds.
+    """
+
+    name: str
+    backend: str
+    processors: int
+    warp_size: int
+    shared_bytes: int
+    registers: int = 65_536
+    warps: int = 64
+    fp8: bool = True
+    descriptors: bool = False
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.backend == "cpu"
+
+
+_KIB = 1024
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", "cuda", 108, 32, 163 * _KIB, fp8=False),
+        Arch("sm_89", "cuda", 142, 32, 99 * _KIB, warps=48),
+        Arch("sm_90", "cuda", 132, 32, 227 * _KIB, descriptors=True),
+        Arch("sm_100", "cuda", 148, 32, 227 * _KIB, descriptors=True),
+        Arch("sm_120", "cuda", 188, 32, 99 * _KIB, warps=48, descriptors=True),
+        Arch("gfx942", "hip", 304, 64, 64 * _KIB, registers=131_072, warps=32),
+        Arch("gfx950", "hip", 256, 64, 160 * _KIB, registers=131_072, warps=32),
+    )
+}
+
+
+@functools.lru_cache(maxsize=64)
+def arch_of(device: torch.device) -> Arch:
+    """The generation of a device. An unknown GPU gets the newest older one of its backend."""
+    if device.type != "cuda":
+        return Arch("cpu", "cpu", os.cpu_count() or 1, 1, 1 << 30)
+    if torch.version.hip:
+        name = torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+        return ARCHS.get(name, ARCHS["gfx942"])
+    major, minor = torch.cuda.get_device_capability(device)
+    older = [
+        a for a in ARCHS.values() if a.backend == "cuda" and int(a.name[3:]) <= major * 10 + minor
+    ]
+    return max(older, key=lambda a: int(a.name[3:]), default=ARCHS["sm_80"])

@@ -1,0 +1,86 @@
+"""Which implementation of an op runs, and why.
+
+`reference` is plain PyTorch, one line of maths per line of code. `aten` is the fastest way to say
+the same with PyTorch's own operators, where an op has one. `triton` is the fused kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("reference", "aten", "triton")
+
+
+class _Scope:
+    """The override in force. One attribute read, so that torch.compile can guard on it."""
+
+    override: str | None = None
+
+
+_scope = _Scope()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An implementation and the reason it was taken."""
+
+    name: str
+    reason: str
+
+
+@contextmanager
+def impl(name: str) -> Iterator[None]:
+    """In this scope every op that has implementation `name` uses it.
+
+    An op without it takes the next plainer one. The scope holds for the whole process, as the flags
+    of `torch.backends` do: torch.compile can guard on it and recompiles when it changes.
+
+    Raises:
+        ValueError: `name` is none of `reference`, `aten`, `triton`.
+    """
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"impl takes one of {', '.join(IMPLEMENTATIONS)}, got {name!r}")
+    former, _scope.override = _scope.override, name
+    try:
+        yield
+    finally:
+        _scope.override = former
+
+
+@functools.lru_cache(maxsize=1)
+def _triton_missing() -> str:
+    """Why Triton kernels cannot run on CPU tensors here; empty where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    if not any(shutil.which(c) for c in ("g++", "clang++")):
+        return "no C++ compiler is installed"
+    return ""
+
+
+_MISSING = _triton_missing()
+_HALF = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def choose(x: Tensor, *, aten: bool = False) -> Choice:
+    """The implementation for an op on `x`; `aten` says whether the op has one of that name."""
+    if _scope.override == "reference":
+        return Choice("reference", "asked for by kexaone.impl")
+    if _scope.override == "aten":
+        return Choice("aten" if aten else "reference", "asked for by kexaone.impl")
+    if x.dtype not in _HALF:
+        return Choice("reference", f"kernels take float32, bfloat16 and float16, not {x.dtype}")
+    if x.device.type not in ("cpu", "cuda"):
+        return Choice("reference", f"no kernels for device {x.device.type}")
+    if x.device.type == "cpu" and _MISSING:
+        return Choice("reference", _MISSING)
+    if _scope.override == "triton":
+        return Choice("triton", "asked for by kexaone.impl")
+    return Choice("triton", "the default for its dtype and device")
