@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+# far above any model; what lies beyond is a damaged file, and would overflow in tensor shapes
+MAX_INTEGER, MAX_NUMBER, MAX_PARAMETERS = 2**31 - 1, 3.0e38, 2**50
 
 
 class ConfigError(ValueError):
@@ -57,29 +59,25 @@ class Config:
     pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "windows", tuple(self.windows))
-        object.__setattr__(self, "mtp_windows", tuple(self.mtp_windows))
-        object.__setattr__(self, "eos_token_ids", tuple(self.eos_token_ids))
+        for field in dataclasses.fields(self):
+            name, kind, value = field.name, str(field.type), getattr(self, field.name)
+            if kind.startswith("tuple"):
+                if not isinstance(value, tuple | list):
+                    raise ConfigError(f"{name} must be a list, got {value!r}")
+                object.__setattr__(self, name, tuple(value))
+                for entry in value:
+                    _check_type(name, kind, entry)
+            elif value is not None or not kind.endswith("None"):
+                _check_type(name, kind, value)
         limits = tuple(float(x) for x in self.swiglu_limits)
         if not any(limits):
             # "no clamp" holds for any number of layers, so that dataclasses.replace may change it
             limits = (0.0,) * len(self.windows)
         object.__setattr__(self, "swiglu_limits", limits)
-        self._check_types()
         self._check_ranges()
-
-    def _check_types(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool)):
-                raise ConfigError(f"{field.name} must be an integer, got {value!r}")
-            if field.type == "float" and not isinstance(value, int | float):
-                raise ConfigError(f"{field.name} must be a number, got {value!r}")
-            if field.type == "bool" and not isinstance(value, bool):
-                raise ConfigError(f"{field.name} must be true or false, got {value!r}")
-        for name in ("windows", "mtp_windows", "eos_token_ids"):
-            if any(not isinstance(x, int) or isinstance(x, bool) for x in getattr(self, name)):
-                raise ConfigError(f"{name} must hold integers, got {getattr(self, name)!r}")
+        total = self.parameter_counts()["total"]
+        if total > MAX_PARAMETERS:
+            raise ConfigError(f"these sizes make {total:,} parameters, at most 2^50 are possible")
 
     def _check_ranges(self) -> None:
         positive = (
@@ -90,6 +88,8 @@ class Config:
         for name in positive.split():
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.initializer_range < 0:
+            raise ConfigError(f"initializer_range must be >= 0, got {self.initializer_range}")
         layers, mtp_layers = self.num_hidden_layers, len(self.mtp_windows)
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         dense, limits = self.first_k_dense_replace, self.swiglu_limits
@@ -97,7 +97,7 @@ class Config:
             (layers > 0, "the model needs at least one layer, got windows=()"),
             (
                 all(w >= 0 for w in (*self.windows, *self.mtp_windows)),
-                f"windows must be >= 0, got {self.windows} and mtp_windows {self.mtp_windows}",
+                f"windows must be >= 0, got {min((*self.windows, *self.mtp_windows), default=0)}",
             ),
             (
                 heads % kv_heads == 0,
@@ -122,7 +122,10 @@ class Config:
                 len(limits) == layers,
                 f"swiglu_limits must have one entry per layer ({layers}), got {len(limits)}",
             ),
-            (all(x >= 0 for x in limits), f"swiglu_limits must be >= 0, got {limits}"),
+            (
+                all(x >= 0 for x in limits),
+                f"swiglu_limits must be >= 0, got {min(limits, default=0)}",
+            ),
             (
                 self.mtp_steps >= 1 if mtp_layers else self.mtp_steps == 0,
                 f"mtp_steps must be >= 1 with an MTP layer and 0 without, got {self.mtp_steps} "
@@ -206,6 +209,21 @@ class Config:
             "total": main + mtp,
             "active": main - idle - embedding,
         }
+
+
+def _check_type(name: str, kind: str, value: object) -> None:
+    """Raise unless `value` is of the type that begins or is inside the annotation `kind`."""
+    if "bool" in kind:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{name} must be true or false, got {value!r}")
+        return
+    integer = "int" in kind
+    limit = MAX_INTEGER if integer else MAX_NUMBER
+    kinds = int if integer else int | float
+    # written so that NaN is refused too
+    if isinstance(value, bool) or not isinstance(value, kinds) or not abs(value) <= limit:
+        what = "integer" if integer else "number"
+        raise ConfigError(f"{name}: expected a finite {what} up to {limit:,}, got {value!r}")
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .config import FULL, SLIDING, Config, ConfigError
+from .config import FULL, MAX_INTEGER, SLIDING, Config, ConfigError
 
 ARCHITECTURES = ("ExaoneMoeForCausalLM", "ExaoneMoEForCausalLM")
 PLAIN = [
@@ -36,6 +36,7 @@ OPTIONAL = [
     "bos_token_id",
     "pad_token_id",
 ]
+MAX_LAYERS = 10_000
 # the only value this architecture has for each; another one means another model
 FIXED = {
     "hidden_act": ("silu",),
@@ -55,33 +56,23 @@ def from_hf(source: dict[str, Any] | str | os.PathLike[str]) -> Config:
     missing = [name for name in (*PLAIN, "num_hidden_layers") if hf.get(name) is None]
     if missing:
         raise ConfigError(f"config lacks {', '.join(missing)}")
-    layers = hf["num_hidden_layers"]
-    if not isinstance(layers, int) or layers < 1:
-        raise ConfigError(f"num_hidden_layers must be a positive integer, got {layers!r}")
+    layers = _integer(hf, "num_hidden_layers", 1, MAX_LAYERS)
     fields = {name: hf[name] for name in PLAIN}
     fields |= {name: hf[name] for name in OPTIONAL if hf.get(name) is not None}
     fields |= {
         name: None for name in ("bos_token_id", "pad_token_id") if name in hf and hf[name] is None
     }
-    head_dim = hf.get("head_dim")
-    if head_dim is None:
-        head_dim, rest = divmod(hf["hidden_size"], hf["num_attention_heads"])
-        if rest:
-            raise ConfigError("config lacks head_dim, and hidden_size is no multiple of the heads")
     eos = hf.get("eos_token_id")
-    try:
-        return Config(
-            **fields,
-            head_dim=head_dim,
-            windows=_windows(hf, layers),
-            first_k_dense_replace=_dense_layers(hf, layers),
-            swiglu_limits=tuple(hf.get("swiglu_limits") or ()),
-            eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
-            rope_theta=_rope_theta(hf),
-            **_mtp(hf),
-        )
-    except TypeError as error:
-        raise ConfigError(f"config field has the wrong type: {error}") from None
+    return Config(
+        **fields,
+        head_dim=_head_dim(hf),
+        windows=_windows(hf, layers),
+        first_k_dense_replace=_dense_layers(hf, layers),
+        swiglu_limits=tuple(x or 0.0 for x in _listed(hf, "swiglu_limits", layers) or ()),
+        eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        rope_theta=_rope_theta(hf),
+        **_mtp(hf),
+    )
 
 
 def to_hf(config: Config) -> dict[str, Any]:
@@ -133,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such file: {path}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(value).__name__}")
@@ -144,12 +135,30 @@ def _check_identity(hf: dict[str, Any]) -> None:
     model_type = hf.get("model_type", "exaone_moe")
     if model_type != "exaone_moe":
         raise ConfigError(f"model_type must be 'exaone_moe', got {model_type!r}")
-    for name in hf.get("architectures") or ():
-        if name not in ARCHITECTURES:
-            raise ConfigError(f"architecture must be {ARCHITECTURES[0]}, got {name!r}")
+    architectures = hf.get("architectures") or []
+    if not isinstance(architectures, list) or any(x not in ARCHITECTURES for x in architectures):
+        raise ConfigError(f"architectures must be [{ARCHITECTURES[0]!r}], got {architectures!r}")
     for name, allowed in FIXED.items():
         if hf.get(name) is not None and hf[name] not in allowed:
             raise ConfigError(f"{name} must be {allowed[0]!r}, got {hf[name]!r}")
+
+
+def _integer(hf: dict[str, Any], name: str, least: int, most: int) -> int:
+    value = hf.get(name)
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{name} must be an integer in {least}..{most}, got {value!r}")
+    return value
+
+
+def _head_dim(hf: dict[str, Any]) -> Any:
+    if hf.get("head_dim") is not None:
+        return hf["head_dim"]
+    size, heads = (
+        _integer(hf, name, 1, MAX_INTEGER) for name in ("hidden_size", "num_attention_heads")
+    )
+    if size % heads:
+        raise ConfigError("config lacks head_dim, and hidden_size is no multiple of the heads")
+    return size // heads
 
 
 def _agree(name: str, stated: dict[str, list[Any]]) -> list[Any] | None:
@@ -178,16 +187,24 @@ def _types_to_flags(name: str, types: list[Any]) -> list[bool]:
     return [entry == SLIDING for entry in types]
 
 
+def _listed_windows(hf: dict[str, Any], name: str, layers: int) -> list[int] | None:
+    listed = _listed(hf, name, layers)
+    if listed is None:
+        return None
+    windows = [0 if w is None else w for w in listed]
+    for window in windows:
+        if type(window) is not int or window < 0:
+            raise ConfigError(f"{name} must hold integers >= 0, got {window!r}")
+    return windows
+
+
 def _windows(hf: dict[str, Any], layers: int) -> tuple[int, ...]:
     stated: dict[str, list[bool]] = {}
     types = _listed(hf, "layer_types", layers)
     if types is not None:
         stated["layer_types"] = _types_to_flags("layer_types", types)
-    listed = _listed(hf, "sliding_windows", layers)
+    listed = _listed_windows(hf, "sliding_windows", layers)
     if listed is not None:
-        listed = [0 if w is None else w for w in listed]
-        if any(not isinstance(w, int) or w < 0 for w in listed):
-            raise ConfigError(f"sliding_windows must be integers >= 0, got {listed}")
         stated["sliding_windows"] = [w > 0 for w in listed]
     if not stated:
         stated["sliding_window_pattern"] = _pattern(hf, layers)
@@ -195,14 +212,14 @@ def _windows(hf: dict[str, Any], layers: int) -> tuple[int, ...]:
     assert sliding is not None
     window = hf.get("sliding_window")
     if listed is not None:
-        distinct = {w for w in listed if w}
+        distinct = sorted({w for w in listed if w})
         # one scalar cannot contradict a list of several windows, only a uniform one
-        if window is not None and len(distinct) == 1 and window not in distinct:
-            raise ConfigError(f"sliding_window {window} contradicts sliding_windows {distinct}")
+        if window is not None and len(distinct) == 1 and distinct != [window]:
+            raise ConfigError(f"sliding_window {window!r} contradicts sliding_windows {distinct}")
         return tuple(listed)
     if not any(sliding):
         return (0,) * layers
-    if not isinstance(window, int) or window < 1:
+    if type(window) is not int or window < 1:
         raise ConfigError(f"windowed layers need sliding_window >= 1, got {window!r}")
     return tuple(window if s else 0 for s in sliding)
 
@@ -212,7 +229,7 @@ def _pattern(hf: dict[str, Any], layers: int) -> list[bool]:
     pattern = hf.get("sliding_window_pattern", 4)
     if hf.get("sliding_window") is None or pattern is None or pattern == 0:
         return [False] * layers
-    if isinstance(pattern, int) and pattern > 0:
+    if type(pattern) is int and pattern > 0:
         return [(i + 1) % pattern != 0 for i in range(layers)]
     if isinstance(pattern, str) and pattern and set(pattern) <= {"L", "G"}:
         return [pattern[i % len(pattern)] == "L" for i in range(layers)]
@@ -225,16 +242,20 @@ def _dense_layers(hf: dict[str, Any], layers: int) -> int:
     stated: dict[str, list[bool]] = {}
     types = _listed(hf, "mlp_layer_types", layers)
     if types is not None:
-        if set(types) - {"dense", "sparse"}:
-            raise ConfigError(f"mlp_layer_types entries must be 'dense' or 'sparse', got {types}")
+        for entry in types:
+            if entry not in ("dense", "sparse"):
+                raise ConfigError(
+                    f"mlp_layer_types entries must be 'dense' or 'sparse', got {entry!r}"
+                )
         stated["mlp_layer_types"] = [t == "sparse" for t in types]
     flags = _listed(hf, "is_moe_layer", layers)
     if flags is not None:
+        for flag in flags:
+            if flag not in (0, 1):
+                raise ConfigError(f"is_moe_layer entries must be true or false, got {flag!r}")
         stated["is_moe_layer"] = [bool(f) for f in flags]
-    first = hf.get("first_k_dense_replace")
-    if first is not None:
-        if not isinstance(first, int) or not 0 <= first <= layers:
-            raise ConfigError(f"first_k_dense_replace must lie in 0..{layers}, got {first!r}")
+    if hf.get("first_k_dense_replace") is not None:
+        first = _integer(hf, "first_k_dense_replace", 0, layers)
         stated["first_k_dense_replace"] = [i >= first for i in range(layers)]
     sparse = _agree("which layers are sparse", stated)
     if sparse is None:
@@ -244,29 +265,29 @@ def _dense_layers(hf: dict[str, Any], layers: int) -> int:
     return sparse.count(False)
 
 
-def _rope_theta(hf: dict[str, Any]) -> float:
+def _rope_theta(hf: dict[str, Any]) -> Any:
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"rope_parameters must be an object, got {rope!r}")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ConfigError(f"rope_type must be 'default' (no scaling), got {kind!r}")
     stated = [t for t in (rope.get("rope_theta"), hf.get("rope_theta")) if t is not None]
-    if len(set(stated)) > 1:
+    if any(theta != stated[0] for theta in stated):
         raise ConfigError(f"rope_theta and rope_parameters contradict each other: {stated}")
-    return float(stated[0]) if stated else 1_000_000.0
+    return stated[0] if stated else 1_000_000.0
 
 
 def _mtp(hf: dict[str, Any]) -> dict[str, Any]:
     """Fields of the MTP block. The first upload does not mention it; its weights are there."""
-    layers = hf.get("num_nextn_predict_layers", 1) or 0
-    if not isinstance(layers, int) or layers < 0:
-        raise ConfigError(f"num_nextn_predict_layers must be an integer >= 0, got {layers!r}")
+    count = {"num_nextn_predict_layers": hf.get("num_nextn_predict_layers", 1) or 0}
+    layers = _integer(count, "num_nextn_predict_layers", 0, MAX_LAYERS)
     stated: dict[str, list[bool]] = {}
     types = _listed(hf, "mtp_layer_types", layers)
     if types is not None:
         stated["mtp_layer_types"] = _types_to_flags("mtp_layer_types", types)
-    windows = _listed(hf, "mtp_sliding_windows", layers)
+    windows = _listed_windows(hf, "mtp_sliding_windows", layers)
     if windows is not None:
-        windows = [0 if w is None else w for w in windows]
         stated["mtp_sliding_windows"] = [w > 0 for w in windows]
     sliding = _agree("which MTP layers are windowed", stated)
     if windows is None:

@@ -145,10 +145,66 @@ def test_contradictions_are_one_clear_line(change, words):
     assert "\n" not in str(caught.value)
 
 
+ODD = [
+    0, -1, 1, 1.5, True, "", "x", "128", [], [None], [[1]], ["a"], {}, {"a": 1},
+    float("nan"), float("inf"), 1e39, 10**30, -(10**30), 2**31, 2**63, [10**30], [float("nan")],
+]  # fmt: skip
+KEYS = {*RELEASED, *Config.preset("k-exaone-2-750b").to_hf(), "rope_scaling", "attention_bias"}
+
+
+@pytest.mark.parametrize("key", sorted(KEYS))
+def test_odd_values_are_refused_or_survive(key):
+    """Whatever a damaged file states, there is no other error, and no wait for huge numbers."""
+    for base in (RELEASED, Config.preset("k-exaone-2-750b").to_hf()):
+        for value in ODD:
+            try:
+                config = Config.from_hf(base | {key: value})
+            except ConfigError as error:
+                assert "\n" not in str(error) and len(str(error)) < 250
+            else:
+                assert Config.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+@pytest.mark.parametrize("key", ["architectures", "rope_parameters", "is_moe_layer"])
+def test_lists_and_objects_are_checked(key):
+    for value in (5, "x" * 48, ["x"] * 48):
+        with pytest.raises(ConfigError, match=key):
+            Config.from_hf(RELEASED | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"windows": 3}, "windows must be a list"),
+        ({"windows": (3, -1)}, "windows must be >= 0, got -1"),
+        ({"windows": (1.0,)}, "windows: expected a finite integer"),
+        ({"eos_token_ids": (True,)}, "eos_token_ids: expected"),
+        ({"bos_token_id": "1"}, "bos_token_id: expected"),
+        ({"swiglu_limits": (float("nan"),) * 8}, "swiglu_limits: expected a finite number"),
+        ({"initializer_range": -0.1}, "initializer_range must be >= 0"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1}, "parameters"),
+        ({"tie_word_embeddings": 1}, "true or false"),
+    ],
+)
+def test_fields_are_checked(change, words):
+    with pytest.raises(ConfigError, match=words):
+        dataclasses.replace(Config.preset("mini"), **change)
+
+
+def test_layers_without_a_clamp_may_be_null():
+    hf = Config.preset("k-exaone-2-750b").to_hf()
+    hf["swiglu_limits"] = [x or None for x in hf["swiglu_limits"]]
+    hf["sliding_windows"] = [x or None for x in hf["sliding_windows"]]
+    assert Config.from_hf(hf) == Config.preset("k-exaone-2-750b")
+
+
 def test_unreadable_files(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="cannot read"):
+        Config.from_hf(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="cannot read"):
         Config.from_hf(tmp_path)
     (tmp_path / "config.json").write_text("[]")
