@@ -10,8 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from . import cpu as cpu
+from . import ops as ops
 
 if TYPE_CHECKING:
+    from .kernels.dispatch import impl as impl
     from .model.config import Config as Config
     from .model.transformer import KExaone as KExaone
 
@@ -20,9 +22,13 @@ __version__ = "0.1.0"
 # `cpu` has no __init__.py (it would shadow a foreign package of that name in a checkout on the
 # path), so its public names are resolved from here.
 _CPU_HOMES = {"active": ".activation", "checked": ".activation"}
-_HOMES = {"Config": ".model.config", "KExaone": ".model.transformer"}
+_HOMES = {
+    "Config": ".model.config",
+    "KExaone": ".model.transformer",
+    "impl": ".kernels.dispatch",
+}
 
-__all__ = ["Config", "KExaone", "cpu"]
+__all__ = ["Config", "KExaone", "cpu", "impl", "ops"]
 
 
 def __getattr__(name: str) -> Any:

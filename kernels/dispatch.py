@@ -66,21 +66,31 @@ def _triton_missing() -> str:
 
 
 _MISSING = _triton_missing()
-_HALF = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def choose(x: Tensor, *, aten: bool = False) -> Choice:
+def choose(x: Tensor, *, aten: bool = False) -> str:
     """The implementation for an op on `x`; `aten` says whether the op has one of that name."""
-    if _scope.override == "reference":
-        return Choice("reference", "asked for by kexaone.impl")
-    if _scope.override == "aten":
-        return Choice("aten" if aten else "reference", "asked for by kexaone.impl")
-    if x.dtype not in _HALF:
-        return Choice("reference", f"kernels take float32, bfloat16 and float16, not {x.dtype}")
+    override = _scope.override
+    if override is not None and override != "triton":
+        return "aten" if override == "aten" and aten else "reference"
+    return "reference" if _obstacle(x) else "triton"
+
+
+def explain(x: Tensor, *, aten: bool = False) -> Choice:
+    """`choose` with its reason."""
+    asked = "asked for by kexaone.impl"
+    name = choose(x, aten=aten)
+    if name != "triton" and _scope.override not in (None, "triton"):
+        return Choice(name, asked)
+    default = "the default for its dtype and device"
+    return Choice(name, _obstacle(x) or (asked if _scope.override else default))
+
+
+def _obstacle(x: Tensor) -> str:
+    """Why no kernel can run on `x`; empty where one can."""
+    if x.dtype not in _DTYPES:
+        return f"kernels take float32, bfloat16 and float16, not {x.dtype}"
     if x.device.type not in ("cpu", "cuda"):
-        return Choice("reference", f"no kernels for device {x.device.type}")
-    if x.device.type == "cpu" and _MISSING:
-        return Choice("reference", _MISSING)
-    if _scope.override == "triton":
-        return Choice("triton", "asked for by kexaone.impl")
-    return Choice("triton", "the default for its dtype and device")
+        return f"no kernels for device {x.device.type}"
+    return _MISSING if x.device.type == "cpu" else ""

@@ -1,0 +1,80 @@
+"""Block-scaled FP8 casts: x is about q * scale, q in float8 e4m3, one scale per block.
+
+    amax  = max(max |x| over the block, 1e-12)      NaN is left out
+    scale = amax / 448                              448 is the largest e4m3 number
+    q     = cast(x * (448 / amax))                  round to nearest even, NaN stays NaN
+
+A block is 1 x 128 along a row (activations) or 128 x 128 (weights). With `power_of_two` the scale
+is the least power of two not below amax / 448 (UE8M0, the scale format of microscaling hardware)
+and x is multiplied by its exact inverse. Recipe: DeepSeek-V3 (arXiv 2412.19437, section 3.3).
+
+Shapes: x [..., N]; values [..., N] float8_e4m3fn, scales [..., ceil(N / 128)] float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 128
+LARGEST = 448.0
+SMALLEST_AMAX = 1e-12
+
+
+def scales_reference(amax: Tensor, *, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
+    """Scales of blocks with absolute maximum `amax`, and the factors x is multiplied by."""
+    amax = amax.float().clamp(min=SMALLEST_AMAX)
+    scale = amax / LARGEST
+    if not power_of_two:
+        # a number divided by a tensor would be its reciprocal times the number: two roundings
+        return scale, torch.full_like(amax, LARGEST) / amax
+    # the next power of two: clear the mantissa, carry into the exponent
+    bits = scale.view(torch.int32)
+    scale = torch.where(bits & 0x7FFFFF != 0, (bits | 0x7FFFFF) + 1, bits).view(torch.float32)
+    return scale, 1 / scale
+
+
+@triton.jit
+def scales_of(amax, POWER_OF_TWO: tl.constexpr):
+    """`scales_reference`, bit for bit. Divisions round correctly, which `/` does not on GPUs."""
+    amax = tl.maximum(amax, 1e-12)
+    largest = tl.full(amax.shape, 448.0, tl.float32)
+    scale = tl.math.div_rn(amax, largest)
+    if POWER_OF_TWO:
+        bits = scale.to(tl.int32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFF) != 0, (bits | 0x7FFFFF) + 1, bits)
+        scale = bits.to(tl.float32, bitcast=True)
+        return scale, tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    return scale, tl.math.div_rn(largest, amax)
+
+
+@triton.jit
+def quantize_rows(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr, POWER_OF_TWO: tl.constexpr):
+    """float8 values and 1 x 128 scales [ROWS, COLUMNS / 128] of a float32 tile."""
+    groups = tl.reshape(x, [ROWS, COLUMNS // 128, 128])
+    scale, factor = scales_of(tl.max(tl.abs(groups), 2), POWER_OF_TWO)
+    values = (groups * factor[:, :, None]).to(tl.float8e4nv)
+    return tl.reshape(values, [ROWS, COLUMNS]), scale
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """float8_e4m3fn values [..., N], float32 scales [..., ceil(N / 128)] of each 128."""
+
+    values: Tensor
+    scales: Tensor
+
+
+def quantize_reference(x: Tensor, *, power_of_two: bool = False) -> QuantizedRows:
+    """x in float8 with one scale per 128 columns."""
+    columns = x.shape[-1]
+    groups = F.pad(x.float(), (0, -columns % BLOCK)).unflatten(-1, (-1, BLOCK))
+    amax = groups.abs().nan_to_num(0.0, posinf=float("inf")).amax(-1)
+    scales, factors = scales_reference(amax, power_of_two=power_of_two)
+    scaled = (groups * factors.unsqueeze(-1)).flatten(-2)[..., :columns]
+    return QuantizedRows(scaled.to(torch.float8_e4m3fn), scales)

@@ -1,0 +1,318 @@
+"""RMSNorm, alone or after a residual add; forward and backward.
+
+    s = x + residual                                    (add_rms_norm; rounded to the dtype of x)
+    y = cast(s / sqrt(mean(s^2) + eps)) * weight        statistics in float32
+
+The cast to the input's dtype comes before the weight (the order of Llama, T5 and K-EXAONE). The
+forward kernel can cast y to float8 in 1 x 128 blocks before it leaves (`rmsnorm_fp8.py`).
+
+Gradients, with n = s / sqrt(...), g = dy * weight: ds = (g - n mean(g n)) / sqrt(...) and
+dweight = sum over rows of dy * n, by partial sums per program and a second reduction.
+
+Method: Zhang & Sennrich 2019 (arXiv 1910.07467). One program holds whole rows in registers and
+reads and writes each element once; rows over `MAX_BLOCK` are walked in pieces instead.
+
+Shape letters: T rows, N columns, P programs, G groups of 128 columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .arch import Arch
+from .dispatch import choose
+from .launch import empty, on, register, require, rows
+from .quantize import BLOCK as GROUP
+from .quantize import quantize_rows
+from .tables import pick
+
+MAX_BLOCK = 16_384
+"""The widest row that is held in registers."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """`rows` rows of `block` columns per tile; the backward kernel runs `programs` programs."""
+
+    block: int
+    rows: int
+    programs: int
+    num_warps: int
+
+
+def configs(columns: int, arch: Arch) -> list[Config]:
+    """Candidates for rows of `columns` elements, the default first."""
+    whole = max(GROUP, triton.next_power_of_2(columns))
+    if arch.is_cpu:
+        return [Config(min(whole, MAX_BLOCK), 1, 4 * arch.processors, 4)]
+    sizes = {min(whole, MAX_BLOCK), min(whole, MAX_BLOCK // 2), min(whole, MAX_BLOCK // 4)}
+    found = [
+        Config(block, rows, programs * arch.processors, warps)
+        for block in sorted(sizes, reverse=True)
+        for rows in (1, 2, 4, 8)
+        for warps in (2, 4, 8, 16)
+        for programs in (1, 2, 4)
+    ]
+    return sorted(filter(lambda c: feasible(c, columns, arch), found), key=_default_first)
+
+
+def feasible(config: Config, columns: int, arch: Arch) -> bool:
+    """Whether a tile leaves each thread between 4 and 64 elements, and rows are not in pieces."""
+    per_thread = config.block * config.rows / (config.num_warps * arch.warp_size)
+    return 4 <= per_thread <= 64 and (config.rows == 1 or config.block >= columns)
+
+
+def _default_first(config: Config) -> tuple[float, ...]:
+    """Whole rows, then about 16 elements per thread, then one wave of backward programs."""
+    per_thread = config.block * config.rows / (config.num_warps * 32)
+    return -config.block, abs(per_thread - 16), config.rows, config.programs
+
+
+def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; float64 is computed in float64, all else in float32."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return normed.to(x.dtype) * weight
+
+
+@triton.jit
+def _forward_kernel(
+    x_TN, residual_TN, weight_N, out_TN, sum_TN, scales_TG, rstd_T,
+    T, N, x_stride, residual_stride, eps,
+    RESIDUAL: tl.constexpr, QUANTIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    x_TN += row[:, None] * x_stride
+    residual_TN += row[:, None] * residual_stride
+    out_TN += row[:, None] * N
+    sum_TN += row[:, None] * N
+    live = row[:, None] < T
+    squares = tl.zeros([ROWS], tl.float32)
+    x = tl.zeros([ROWS, BLOCK], x_TN.dtype.element_ty)
+    for start in range(0, BLOCK if WHOLE else N, BLOCK):
+        at = start + column[None, :]
+        mask = live & (at < N)
+        x = tl.load(x_TN + at, mask=mask, other=0.0)
+        if RESIDUAL:
+            other = tl.load(residual_TN + at, mask=mask, other=0.0)
+            x = (x.to(tl.float32) + other.to(tl.float32)).to(x.dtype)
+            tl.store(sum_TN + at, x, mask=mask)
+        squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+    rstd = tl.rsqrt(squares / N + eps)
+    tl.store(rstd_T + row, rstd, mask=row < T)
+    if RESIDUAL and not WHOLE:
+        tl.debug_barrier()
+    for start in range(0, BLOCK if WHOLE else N, BLOCK):
+        at = start + column[None, :]
+        mask = live & (at < N)
+        if not WHOLE:
+            x = tl.load((sum_TN if RESIDUAL else x_TN) + at, mask=mask, other=0.0)
+        weight = tl.load(weight_N + at, mask=at < N, other=0.0).to(tl.float32)
+        normed = (x.to(tl.float32) * rstd[:, None]).to(x.dtype)
+        y = (normed.to(tl.float32) * weight).to(x.dtype)
+        if QUANTIZE:
+            values, scales = quantize_rows(y.to(tl.float32), ROWS, BLOCK, POWER_OF_TWO)
+            tl.store(out_TN + at, values, mask=mask)
+            group = start // 128 + tl.arange(0, BLOCK // 128)[None, :]
+            count = tl.cdiv(N, 128)
+            scales_TG_row = scales_TG + row[:, None] * count + group
+            tl.store(scales_TG_row, scales, mask=live & (group < count))
+        else:
+            tl.store(out_TN + at, y, mask=mask)
+
+
+@triton.jit
+def _dot_kernel(grad_TN, x_TN, weight_N, rstd_T, dot_T, N, grad_stride, x_stride,
+                BLOCK: tl.constexpr):  # fmt: skip
+    """mean(g n) of one row in pieces."""
+    row = tl.program_id(0).to(tl.int64)
+    rstd = tl.load(rstd_T + row)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        grad = tl.load(grad_TN + row * grad_stride + at, mask=at < N, other=0.0).to(tl.float32)
+        x = tl.load(x_TN + row * x_stride + at, mask=at < N, other=0.0).to(tl.float32)
+        weight = tl.load(weight_N + at, mask=at < N, other=0.0).to(tl.float32)
+        total += grad * weight * (x * rstd)
+    tl.store(dot_T + row, tl.sum(total, 0) / N)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_TN, sum_grad_TN, x_TN, weight_N, rstd_T, dot_T, out_TN, partial_PN,
+    T, N, grad_stride, sum_grad_stride, x_stride,
+    SUM_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Rows program, program + P, ...: the input's gradient, and this program's share of dweight."""
+    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < N
+    weight = tl.load(weight_N + at, mask=mask, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(program, T, programs):
+        grad = tl.load(grad_TN + row * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_TN + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_T + row)
+        normed = x * rstd
+        scaled = grad * weight
+        dot = tl.sum(scaled * normed, 0) / N if WHOLE else tl.load(dot_T + row)
+        out = (scaled - normed * dot) * rstd
+        if SUM_GRAD:
+            out += tl.load(sum_grad_TN + row * sum_grad_stride + at, mask=mask, other=0.0)
+        tl.store(out_TN + row * N + at, out.to(out_TN.dtype.element_ty), mask=mask)
+        total += grad * normed
+    tl.store(partial_PN + program * N + at, total, mask=mask)
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
+    *, quantize: bool = False, power_of_two: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Output, sum, 1 / sqrt(mean square + eps) and scales; what was not asked for is empty."""
+    columns = x.shape[-1]
+    require(weight.shape == (columns,), f"weight must be [{columns}], got {tuple(weight.shape)}")
+    require(residual is None or (residual.shape == x.shape and residual.dtype == x.dtype),
+            "residual must have the shape and dtype of x")  # fmt: skip
+    flat = rows(x)
+    other = flat if residual is None else rows(residual)
+    count = len(flat)
+    out = empty(count, columns, like=x, dtype=torch.float8_e4m3fn if quantize else x.dtype)
+    total = out if residual is None else empty(count, columns, like=x)
+    groups = triton.cdiv(columns, GROUP) if quantize else 0
+    scales = empty(count, groups, like=x, dtype=torch.float32)
+    rstd = empty(count, like=x, dtype=torch.float32)
+    config = pick("rms_norm", configs, columns, x.device)
+    if count and columns:
+        with on(x):
+            _forward_kernel[(triton.cdiv(count, config.rows),)](
+                flat, other, weight.contiguous(), out, total, scales, rstd,
+                count, columns, flat.stride(0), other.stride(0), eps,
+                RESIDUAL=residual is not None, QUANTIZE=quantize, POWER_OF_TWO=power_of_two,
+                WHOLE=config.block >= columns, ROWS=config.rows, BLOCK=config.block,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+    shape = x.shape[:-1]
+    return out.view(x.shape), total.view(x.shape), rstd.view(shape), scales.view(*shape, groups)
+
+
+def _backward(
+    grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the normed tensor and of the weight."""
+    columns, flat, grads = x.shape[-1], rows(x), rows(grad)
+    sums = grads if sum_grad is None else rows(sum_grad)
+    count, rstd = len(flat), rstd.reshape(-1).contiguous()
+    config = pick("rms_norm", configs, columns, x.device)
+    whole = config.block >= columns
+    programs = max(1, min(config.programs, count))
+    out = empty(count, columns, like=x)
+    partial = empty(programs, columns, like=x, dtype=torch.float32)
+    dot = empty(0 if whole else count, like=x, dtype=torch.float32)
+    weight = weight.contiguous()
+    if not count or not columns:
+        return out.view(x.shape), torch.zeros_like(weight)
+    with on(x):
+        if not whole:
+            _dot_kernel[(count,)](grads, flat, weight, rstd, dot, columns, grads.stride(0),
+                                  flat.stride(0), BLOCK=config.block,
+                                  num_warps=config.num_warps)  # fmt: skip
+        _backward_kernel[(programs, triton.cdiv(columns, config.block))](
+            grads, sums, flat, weight, rstd, dot, out, partial,
+            count, columns, grads.stride(0), sums.stride(0), flat.stride(0),
+            SUM_GRAD=sum_grad is not None, WHOLE=whole, BLOCK=config.block,
+            num_warps=config.num_warps,
+        )  # fmt: skip
+    return out.view(x.shape), partial.sum(0).to(weight.dtype)
+
+
+def _rstd_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+_norm_backward = register(
+    "rms_norm_backward(Tensor grad, Tensor? sum_grad, Tensor x, Tensor weight, Tensor rstd)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    fake=lambda grad, sum_grad, x, weight, rstd: (_like(x), weight.new_empty(weight.shape)),
+)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, *_, weight, _ = inputs
+    ctx.save_for_backward(output[1] if len(output) == 3 else x, weight, output[-1])
+
+
+def _norm_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
+    return *_norm_backward(grad, None, *ctx.saved_tensors), None
+
+
+def _add_norm_gradient(ctx: Any, grad: Tensor, sum_grad: Tensor, _: Tensor) -> tuple:
+    d_sum, d_weight = _norm_backward(grad, sum_grad, *ctx.saved_tensors)
+    return d_sum, d_sum, d_weight, None
+
+
+_norm = register(
+    "rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    lambda x, weight, eps: forward(x, None, weight, eps)[:3:2],
+    fake=lambda x, weight, eps: (_like(x), _rstd_like(x)),
+    setup_context=_save,
+    backward=_norm_gradient,
+)
+_add_norm = register(
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    lambda x, residual, weight, eps: forward(x, residual, weight, eps)[:3],
+    fake=lambda x, residual, weight, eps: (_like(x), _like(x), _rstd_like(x)),
+    setup_context=_save,
+    backward=_add_norm_gradient,
+)
+
+
+@dataclass(frozen=True)
+class NormedSum:
+    """`normed` = rms_norm(`total`), `total` = x + residual; both [..., N] in the dtype of x."""
+
+    normed: Tensor
+    total: Tensor
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """RMSNorm over the last dimension, differentiable.
+
+    Args:
+        x: [..., N] float32, bfloat16 or float16, any strides; float64 runs the reference.
+        weight: [N], the dtype of x.
+        eps: added to the mean square.
+
+    Returns:
+        [..., N] in the dtype of x.
+
+    Raises:
+        ValueError: weight does not have shape [N].
+    """
+    if choose(x) == "reference":
+        return rms_norm_reference(x, weight, eps=eps)
+    return _norm(x, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-5) -> NormedSum:
+    """RMSNorm of x + residual, and the sum itself; differentiable in all three tensors.
+
+    Arguments as for `rms_norm`; residual has the shape and dtype of x.
+    """
+    if choose(x) == "reference":
+        total = x + residual
+        return NormedSum(rms_norm_reference(total, weight, eps=eps), total)
+    normed, total, _ = _add_norm(x, residual, weight, eps)
+    return NormedSum(normed, total)

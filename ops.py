@@ -1,0 +1,36 @@
+"""The kernel layer's public functions: `kexaone.ops.rms_norm(x, weight)` and its siblings.
+
+Tensors come first, everything else is keyword-only. Each runs on CPU and GPU tensors, is a
+registered PyTorch op (`torch.ops.kexaone.*`), differentiable where its docstring says so, and
+works under torch.compile.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .kernels.rmsnorm import add_rms_norm as add_rms_norm
+    from .kernels.rmsnorm import rms_norm as rms_norm
+    from .kernels.rmsnorm_fp8 import add_rms_norm_fp8 as add_rms_norm_fp8
+    from .kernels.rmsnorm_fp8 import rms_norm_fp8 as rms_norm_fp8
+
+_HOMES = {
+    "add_rms_norm": "rmsnorm",
+    "add_rms_norm_fp8": "rmsnorm_fp8",
+    "rms_norm": "rmsnorm",
+    "rms_norm_fp8": "rmsnorm_fp8",
+}
+
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kexaone.ops' has no attribute {name!r}")
+    return getattr(import_module(f".kernels.{_HOMES[name]}", __package__), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
