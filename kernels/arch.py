@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,9 +50,40 @@ ARCHS = {
 }
 
 
-@functools.lru_cache(maxsize=64)
+class _Scope:
+    """What meta tensors stand for; only `targeting` writes it, and takes back what it wrote."""
+
+    meta: Arch | None = None
+
+
+_scope = _Scope()
+
+
+@contextmanager
+def targeting(arch: Arch) -> Iterator[None]:
+    """In this scope a launcher that is given meta tensors runs, and plans for `arch`.
+
+    Nothing can be executed: the caller intercepts the launches. Holds for the whole process.
+    """
+    former, _scope.meta = _scope.meta, arch
+    try:
+        yield
+    finally:
+        _scope.meta = former
+
+
+def targeted() -> Arch | None:
+    """What meta tensors stand for, inside `targeting`."""
+    return _scope.meta
+
+
 def arch_of(device: torch.device) -> Arch:
     """The generation of a device. An unknown GPU gets the newest older one of its backend."""
+    return (device.type == "meta" and _scope.meta) or _detect(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _detect(device: torch.device) -> Arch:
     if device.type != "cuda":
         return Arch("cpu", "cpu", os.cpu_count() or 1, 1, 1 << 30)
     if torch.version.hip:

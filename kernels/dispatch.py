@@ -66,11 +66,14 @@ def _triton_missing() -> str:
 
 
 _MISSING = _triton_missing()
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)
 
 
 def choose(x: Tensor, *, aten: bool = False) -> str:
-    """The implementation for an op on `x`; `aten` says whether the op has one of that name."""
+    """The implementation for an op on `x`; `aten` says whether the op has one of that name.
+
+    `x` is the op's first floating-point tensor, or its integers where it has no other.
+    """
     override = _scope.override
     if override is not None and override != "triton":
         return "aten" if override == "aten" and aten else "reference"
@@ -91,6 +94,6 @@ def _obstacle(x: Tensor) -> str:
     """Why no kernel can run on `x`; empty where one can."""
     if x.dtype not in _DTYPES:
         return f"kernels take float32, bfloat16 and float16, not {x.dtype}"
-    if x.device.type not in ("cpu", "cuda"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         return f"no kernels for device {x.device.type}"
     return _MISSING if x.device.type == "cpu" else ""

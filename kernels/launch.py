@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..cpu.activation import active
+from .arch import targeted
 
 _library = torch.library.Library("kexaone", "FRAGMENT")
 _allocate = torch.empty
@@ -22,6 +23,8 @@ def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor
 
 def on(x: Tensor) -> AbstractContextManager[Any]:
     """The scope in which Triton kernels run on the device of `x`."""
+    if x.device.type == "meta":
+        return nullcontext()
     return active() if x.device.type == "cpu" else torch.cuda.device(x.device)
 
 
@@ -40,11 +43,15 @@ def register(
     backward: Callable[..., Any] | None = None,
 ) -> Any:
     """Define `kexaone::<schema>` with its kernel, shape function and gradient; returns the op."""
+
+    def shapes(*args: Any, **named: Any) -> Any:
+        return (fake if targeted() is None else kernel)(*args, **named)
+
     name = schema.split("(")[0]
     _library.define(schema)
     _library.impl(name, kernel, "CPU")
     _library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"kexaone::{name}", fake, lib=_library)
+    torch.library.register_fake(f"kexaone::{name}", shapes, lib=_library)
     if backward is not None:
         torch.library.register_autograd(
             f"kexaone::{name}", backward, setup_context=setup_context, lib=_library
