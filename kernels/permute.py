@@ -1,89 +1,50 @@
-"""Token permutation: rows grouped by expert and back, forward and backward.
+"""Rows to their experts and back, forward and backward.
 
-    order     the T K slots (token t's k-th choice is slot t K + k) sorted by expert, stably
     permute   rows[s] = x[order[s] // K]
     unpermute out[t] = sum over k of weights[t, k] * rows[position[t K + k]]    summed in float32
 
-Gradients: permute's is the unweighted sum over a token's rows; unpermute's are
-drows[position[t K + k]] = weights[t, k] * grad[t] and dweights[t, k] = sum over columns of
-grad[t] * rows[position[t K + k]].
+`order` and `position` are a `Permutation` (`grouping.py`). Gradients: permute's is the unweighted
+sum over a token's rows; unpermute's are drows[position[t K + k]] = weights[t, k] * grad[t] and
+dweights[t, k] = sum over columns of grad[t] * rows[position[t K + k]].
 
-Method: counting sort in three launches, all parallel and free of atomics: a histogram per block of
-slots, a scan over blocks per expert, and ranks inside each block by comparing all pairs. Up to one
-block of slots, a single launch does it. Rows are moved by token: each program holds a piece of one
-token's row and writes, or adds up, its K copies.
+Method: by token. A program holds a piece of one token's row and writes, or adds up in the order of
+k, its K copies: each row is read once, and no two programs write the same place.
 
-Shape letters: T tokens, K experts per token, S = T K slots, E experts, B blocks of slots, H columns.
+Shape letters: T tokens, K experts per token, S = T K slots, H columns.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
+from .dispatch import choose
+from .grouping import Permutation
+from .launch import empty, on, register, require, rows
+from .tables import pick
 
 
 @dataclass(frozen=True)
-class Permutation:
-    """Which slot goes where when slots are grouped by expert. All int32, on the device of the ids.
-
-    `offsets` [E + 1]: expert e's rows are offsets[e] to offsets[e + 1] of the grouped rows.
-    `order` [T K]: the slot t K + k that each grouped row comes from; its token is order // K.
-    `position` [T K]: the grouped row of each slot; the inverse of `order`.
-    """
-
-    offsets: Tensor
-    order: Tensor
-    position: Tensor
-
-
-@dataclass(frozen=True)
-class SortConfig:
-    """`block` slots per program, compared `piece` at a time; `chunk` blocks per step of the scan."""
-
-    block: int
-    piece: int
-    chunk: int
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class RowConfig:
+class Config:
     """`block` columns per program, and per step of the programs that walk whole rows."""
 
     block: int
     num_warps: int
 
 
-def sort_configs(slots: int, arch: Arch) -> list[SortConfig]:
-    """Candidates for sorting `slots` slots, the default first."""
-    if arch.is_cpu:
-        return [SortConfig(block, 64, 64, 4) for block in (64, 128, 256)]
-    return [SortConfig(block, 32, 64, warps) for block in (128, 256, 512) for warps in (4, 8)]
-
-
-def row_configs(columns: int, arch: Arch) -> list[RowConfig]:
+def configs(columns: int, arch: Arch) -> list[Config]:
     """Candidates for moving rows of `columns` elements, the default first."""
     whole = max(128, triton.next_power_of_2(columns))
     if arch.is_cpu:
-        return [RowConfig(min(whole, 16_384), 4)]
+        return [Config(min(whole, 16_384), 4)]
     blocks = (2048, 1024, 4096, 512)
-    return [RowConfig(min(whole, block), warps) for block in blocks for warps in (4, 8)]
-
-
-def group_by_expert_reference(ids_TK: Tensor, *, experts: int) -> Permutation:
-    """A stable sort of the flattened ids."""
-    chosen = ids_TK.flatten().long()
-    order = chosen.argsort(stable=True)
-    position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)).to(order))
-    counts = torch.zeros(experts, dtype=torch.int64, device=chosen.device)
-    counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))
-    offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return Permutation(offsets.int(), order.int(), position.int())
+    return [Config(min(whole, block), warps) for block in blocks for warps in (4, 8)]
 
 
 def permute_reference(x_TH: Tensor, permutation: Permutation) -> Tensor:
@@ -96,3 +57,190 @@ def unpermute_reference(rows_SH: Tensor, permutation: Permutation, weights_TK: T
     """The weighted sum of each token's rows, in the wider of float32 and the weights' dtype."""
     per_token = rows_SH.index_select(0, permutation.position).unflatten(0, weights_TK.shape)
     return (per_token * weights_TK.unsqueeze(-1)).sum(1).to(rows_SH.dtype)
+
+
+@triton.jit
+def _permute_kernel(x_TH, position_TK, out_SH, H, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < H
+    x = tl.load(x_TH + token * x_stride + at, mask=mask)
+    for k in range(K):
+        row = tl.load(position_TK + token * K + k).to(tl.int64)
+        tl.store(out_SH + row * H + at, x, mask=mask)
+
+
+@triton.jit
+def _unpermute_kernel(
+    rows_SH, position_TK, weights_TK, out_TH, H, rows_stride,
+    WEIGHTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < H
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in range(K):
+        row = tl.load(position_TK + token * K + k).to(tl.int64)
+        x = tl.load(rows_SH + row * rows_stride + at, mask=mask, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            x *= tl.load(weights_TK + token * K + k)
+        total += x
+    tl.store(out_TH + token * H + at, total.to(out_TH.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _unpermute_backward_kernel(
+    grad_TH, rows_SH, position_TK, weights_TK, d_rows_SH, d_weights_TK, H,
+    grad_stride, rows_stride, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One token and one of its experts per program."""
+    token, k = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    row = tl.load(position_TK + token * K + k).to(tl.int64)
+    weight = tl.load(weights_TK + token * K + k)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, H, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        mask = at < H
+        grad = tl.load(grad_TH + token * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(rows_SH + row * rows_stride + at, mask=mask, other=0.0).to(tl.float32)
+        total += grad * x
+        d_row = (grad * weight).to(d_rows_SH.dtype.element_ty)
+        tl.store(d_rows_SH + row * H + at, d_row, mask=mask)
+    tl.store(d_weights_TK + token * K + k, tl.sum(total, 0))
+
+
+def _permute(x: Tensor, position: Tensor) -> Tensor:
+    flat = rows(x)
+    (tokens, columns), slots = flat.shape, len(position)
+    require(slots % tokens == 0 if tokens else not slots,
+            f"{slots} slots are no whole number for each of {tokens} tokens")  # fmt: skip
+    out = empty(slots, columns, like=x)
+    config = pick("permute", configs, columns, x.device)
+    if out.numel():
+        with on(x):
+            _permute_kernel[(tokens, triton.cdiv(columns, config.block))](
+                flat, position, out, columns, flat.stride(0), K=slots // tokens,
+                BLOCK=config.block, num_warps=config.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def _unpermute(x: Tensor, position: Tensor, weights: Tensor | None, tokens: int) -> Tensor:
+    flat, slots = rows(x), len(position)
+    require(len(flat) == slots, f"{len(flat)} rows for {slots} slots")
+    if weights is not None:
+        require(weights.numel() == slots, f"{weights.numel()} weights for {slots} slots")
+        require(weights.dtype == torch.float32, f"weights must be float32, got {weights.dtype}")
+        weights = weights.contiguous()
+    columns = flat.shape[1]
+    out = empty(tokens, columns, like=x)
+    config = pick("permute", configs, columns, x.device)
+    if out.numel():
+        with on(x):
+            _unpermute_kernel[(tokens, triton.cdiv(columns, config.block))](
+                flat, position, x if weights is None else weights, out, columns, flat.stride(0),
+                WEIGHTED=weights is not None, K=slots // tokens, BLOCK=config.block,
+                num_warps=config.num_warps,
+            )  # fmt: skip
+    return out
+
+
+def _unpermute_backward(
+    grad: Tensor, x: Tensor, position: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    flat, grads, weights = rows(x), rows(grad), weights.contiguous()
+    tokens, top_k = weights.shape
+    columns = flat.shape[1]
+    d_rows = empty(len(flat), columns, like=x)
+    d_weights = empty(tokens, top_k, like=weights)
+    config = pick("permute", configs, columns, x.device)
+    if weights.numel():
+        with on(x):
+            _unpermute_backward_kernel[(top_k, tokens)](
+                grads, flat, position, weights, d_rows, d_weights, columns,
+                grads.stride(0), flat.stride(0), K=top_k,
+                BLOCK=config.block, num_warps=config.num_warps,
+            )  # fmt: skip
+    return d_rows, d_weights
+
+
+_sum_op = register(
+    "unpermute_sum(Tensor rows, Tensor position, SymInt tokens) -> Tensor",
+    lambda x, position, tokens: _unpermute(x, position, None, tokens),
+    fake=lambda x, position, tokens: x.new_empty(tokens, x.shape[1]),
+)
+_backward_op = register(
+    "unpermute_backward(Tensor grad, Tensor rows, Tensor position, Tensor weights)"
+    " -> (Tensor, Tensor)",
+    _unpermute_backward,
+    fake=lambda grad, x, position, weights: (
+        x.new_empty(x.shape),
+        weights.new_empty(weights.shape),
+    ),
+)
+
+
+def _save_permute(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, position = inputs
+    ctx.tokens = x.shape[0]
+    ctx.save_for_backward(position)
+
+
+def _permute_gradient(ctx: Any, grad: Tensor) -> tuple:
+    return _sum_op(grad, *ctx.saved_tensors, ctx.tokens), None
+
+
+def _save_unpermute(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _unpermute_gradient(ctx: Any, grad: Tensor) -> tuple:
+    d_rows, d_weights = _backward_op(grad, *ctx.saved_tensors)
+    return d_rows, None, d_weights
+
+
+_permute_op = register(
+    "permute(Tensor x, Tensor position) -> Tensor",
+    _permute,
+    fake=lambda x, position: x.new_empty(position.shape[0], x.shape[1]),
+    setup_context=_save_permute,
+    backward=_permute_gradient,
+)
+_unpermute_op = register(
+    "unpermute(Tensor rows, Tensor position, Tensor weights) -> Tensor",
+    lambda x, position, weights: _unpermute(x, position, weights, len(weights)),
+    fake=lambda x, position, weights: x.new_empty(weights.shape[0], x.shape[1]),
+    setup_context=_save_unpermute,
+    backward=_unpermute_gradient,
+)
+
+
+def permute(x_TH: Tensor, permutation: Permutation) -> Tensor:
+    """Rows grouped by expert, [T K, H] in the dtype of x; differentiable.
+
+    Args:
+        x_TH: [T, H] float32, bfloat16 or float16, any strides; float64 runs the reference.
+        permutation: of T x K slots.
+
+    Raises:
+        ValueError: the slots are no whole number for each token.
+    """
+    if choose(x_TH) == "reference":
+        return permute_reference(x_TH, permutation)
+    return _permute_op(x_TH, permutation.position)
+
+
+def unpermute(rows_SH: Tensor, permutation: Permutation, weights_TK: Tensor) -> Tensor:
+    """Each token's weighted sum over its rows, [T, H] in the dtype of rows; differentiable.
+
+    Args:
+        rows_SH: [T K, H] float32, bfloat16 or float16, any strides; float64 runs the reference.
+        permutation: what grouped them.
+        weights_TK: [T, K] float32.
+
+    Raises:
+        ValueError: rows or weights do not fit the permutation's slots.
+    """
+    if choose(rows_SH) == "reference":
+        return unpermute_reference(rows_SH, permutation, weights_TK)
+    return _unpermute_op(rows_SH, permutation.position, weights_TK)
