@@ -20,7 +20,8 @@ from pathlib import Path
 _FLAGS = [
     "-O2", "-std=gnu++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off",
     "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-fno-strict-aliasing",
-    "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
+    # a loop that waits for another program must not be taken to end
+    "-fno-finite-loops", "-fno-exceptions", "-fno-rtti", "-fvisibility=hidden", "-w",
 ]  # fmt: skip
 _AVX512 = ("avx512f", "avx512bw", "avx512dq", "avx512vl")
 
@@ -100,21 +101,35 @@ def _compiler(preferred: str) -> Compiler:
     raise RuntimeError("the CPU backend needs a C++ compiler: install g++ or clang++, or set CXX")
 
 
-@functools.lru_cache(maxsize=1)
-def plugin_digest() -> str:
-    """Digest of every source file of this backend: Triton's own key does not cover plug-ins."""
+@functools.lru_cache(maxsize=2)
+def _digest(suffixes: tuple[str, ...]) -> str:
+    """Digest of this folder's files with one of the suffixes."""
     digest = hashlib.sha256()
     folder = Path(__file__).parent
     for file in sorted(folder.rglob("*")):
-        if file.suffix in (".py", ".h", ".c"):
+        if file.suffix in suffixes:
             digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()
 
 
+def plugin_digest() -> str:
+    """Digest of every source file of this backend: Triton's own key does not cover plug-ins."""
+    return _digest((".py", ".h", ".c"))
+
+
 def build_key() -> str:
     """What a compiled kernel depends on besides its own source."""
+    return f"{plugin_digest()}|{_toolchain()}"
+
+
+def binary_key() -> str:
+    """What a shared object depends on besides its C++."""
+    return f"{_digest(('.h',))}|{'|'.join(_FLAGS)}|{_toolchain()}"
+
+
+def _toolchain() -> str:
     compiler, isa = host_compiler(), host_isa()
-    return "|".join((plugin_digest(), compiler.path, compiler.version, isa.name, *isa.flags))
+    return "|".join((compiler.path, compiler.version, isa.name, *isa.flags))
 
 
 def build(source: str, *extra: str, language: str = "c++") -> bytes:
