@@ -17,6 +17,7 @@ Shape letters: T rows, N columns, P programs, G groups of 128 columns.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,15 +52,10 @@ def configs(columns: int, arch: Arch) -> list[Config]:
     whole = max(GROUP, triton.next_power_of_2(columns))
     if arch.is_cpu:
         return [Config(min(whole, MAX_BLOCK), 1, 4 * arch.processors, 4)]
-    sizes = {min(whole, MAX_BLOCK), min(whole, MAX_BLOCK // 2), min(whole, MAX_BLOCK // 4)}
-    found = [
-        Config(block, rows, programs * arch.processors, warps)
-        for block in sorted(sizes, reverse=True)
-        for rows in (1, 2, 4, 8)
-        for warps in (2, 4, 8, 16)
-        for programs in (1, 2, 4)
-    ]
-    return sorted(filter(lambda c: feasible(c, columns, arch), found), key=_default_first)
+    blocks = [min(whole, MAX_BLOCK) >> halvings for halvings in range(3)]
+    programs = [waves * arch.processors for waves in (1, 2, 4)]
+    found = (Config(*c) for c in itertools.product(blocks, (1, 2, 4, 8), programs, (2, 4, 8, 16)))
+    return sorted((c for c in found if feasible(c, columns, arch)), key=_default_first)
 
 
 def feasible(config: Config, columns: int, arch: Arch) -> bool:
@@ -69,7 +65,7 @@ def feasible(config: Config, columns: int, arch: Arch) -> bool:
 
 
 def _default_first(config: Config) -> tuple[float, ...]:
-    """Whole rows, then about 16 elements per thread, then one wave of backward programs."""
+    """Wide blocks, then about 16 elements per thread, then one wave of backward programs."""
     per_thread = config.block * config.rows / (config.num_warps * 32)
     return -config.block, abs(per_thread - 16), config.rows, config.programs
 
@@ -233,12 +229,12 @@ def _backward(
     return out.view(x.shape), partial.sum(0).to(weight.dtype)
 
 
-def _rstd_like(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
-
-
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _rstd_like(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
 _norm_backward = register(
@@ -254,10 +250,6 @@ def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(output[1] if len(output) == 3 else x, weight, output[-1])
 
 
-def _norm_gradient(ctx: Any, grad: Tensor, _: Tensor) -> tuple:
-    return *_norm_backward(grad, None, *ctx.saved_tensors), None
-
-
 def _add_norm_gradient(ctx: Any, grad: Tensor, sum_grad: Tensor, _: Tensor) -> tuple:
     d_sum, d_weight = _norm_backward(grad, sum_grad, *ctx.saved_tensors)
     return d_sum, d_sum, d_weight, None
@@ -268,7 +260,7 @@ _norm = register(
     lambda x, weight, eps: forward(x, None, weight, eps)[:3:2],
     fake=lambda x, weight, eps: (_like(x), _rstd_like(x)),
     setup_context=_save,
-    backward=_norm_gradient,
+    backward=lambda ctx, grad, _: (*_norm_backward(grad, None, *ctx.saved_tensors), None),
 )
 _add_norm = register(
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",

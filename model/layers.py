@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.rmsnorm import rms_norm
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which statistics are taken: float32, or float64 for float64."""
@@ -28,8 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.to(wide(x.dtype)), x.shape[-1:], eps=self.eps)
-        return normed.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, eps=self.eps)
 
 
 def rope_tables(positions_N: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

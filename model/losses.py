@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.cross_entropy import linear_cross_entropy
 from .moe import MoE, Routing
 from .packing import Packing
 from .transformer import KExaone
@@ -120,8 +120,8 @@ def update_router_bias(model: KExaone, loads: Sequence[Tensor], *, rate: float =
 
 
 def _cross_entropy(model: KExaone, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor:
-    logits_NV = model.lm_head(hidden_BTH.flatten(0, 1)).float()
-    return F.cross_entropy(logits_NV, targets_BT.flatten())
+    hidden_NH, targets_N = hidden_BTH.flatten(0, 1), targets_BT.flatten()
+    return linear_cross_entropy(hidden_NH, model.lm_head.weight, targets_N).loss
 
 
 def _mtp_loss(model: KExaone, hidden_BTH: Tensor, ids_BT: Tensor, depths: int) -> Tensor:

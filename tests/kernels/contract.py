@@ -27,7 +27,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed)).to(dtype)
+    return torch.randn(shape, generator=generator(seed)).to(dtype)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
