@@ -6,6 +6,7 @@ from functools import cached_property
 
 from .cxx import ELEMENTWISE, element_bytes
 from .ir import Function, Op, Value, walk
+from .memory import is_volatile
 from .views import VIEWS, is_simple_view, source_index
 
 # recomputing a value that costs more than this is dearer than a trip through a buffer
@@ -55,6 +56,8 @@ class Analysis:
         if op is None or not value.type.is_tensor or op.name not in INLINE:
             return False
         if op.name == "arith.constant" and isinstance(op.attrs["value"], tuple):
+            return False
+        if is_volatile(op):
             return False
         return op.name not in VIEWS or is_simple_view(op)
 

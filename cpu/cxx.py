@@ -114,12 +114,12 @@ _LIBDEVICE = {
     "llabs": "abs_int", "fmax": "max_num", "fmin": "min_num", "fast_exp": "exp", "fast_log": "log",
     "fast_log2": "log2", "fast_sin": "sin", "fast_cos": "cos", "fast_tanh": "tanh",
     "fast_exp10": "exp10_", "fast_log10": "log10_", "fast_tan": "tan_", "fast_pow": "pow_",
-    "sqrt_rn": "sqrt", "mulhi": "mul_high", "umulhi": "mul_high",
+    "sqrt_rn": "sqrt", "fsqrt_rn": "sqrt", "dsqrt_rn": "sqrt", "mulhi": "mul_high", "umulhi": "mul_high",
 }  # fmt: skip
-_LIBDEVICE_TESTS = {"isnan": "{0} != {0}", "isinf": "kx::absf({0}) == __builtin_inf()",
-                    "isnand": "{0} != {0}", "isinfd": "kx::absf({0}) == __builtin_inf()",
-                    "finite": "kx::absf({0}) < __builtin_inf()",
-                    "signbit": "kx::bits<kx::S<decltype({0})>>({0}) < 0"}  # fmt: skip
+_LIBDEVICE_TESTS = {"isnan": "{0} != {0}", "isinf": "kx::absf({0}) == kx::infinity<{1}>()",
+                    "finite": "kx::absf({0}) < kx::infinity<{1}>()",
+                    "isfinite": "kx::absf({0}) < kx::infinity<{1}>()",
+                    "signbit": "kx::bits<kx::S<{1}>>({0}) < 0"}  # fmt: skip
 _INTEGER_TESTS = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">=",
                   "ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}  # fmt: skip
 _FLOAT_TESTS = {"eq": "==", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}
@@ -207,10 +207,10 @@ def _extern(op: Op, args: list[str], lanes: int) -> str:
     symbol = str(op.attrs.get("symbol", ""))
     name = symbol.removeprefix("__nv_")
     target = register_type(op.result.type.elem, lanes)
-    for candidate in (name, name.removesuffix("f")):
+    for candidate in (name, name.removesuffix("f"), name.removesuffix("d")):
         if candidate in _LIBDEVICE_TESTS:
-            test = _LIBDEVICE_TESTS[candidate].format(*args)
-            mask = f"kx::to_mask<{register_type(op.operands[0].type.elem, lanes)}>({test})"
+            kind = register_type(op.operands[0].type.elem, lanes)
+            mask = f"kx::to_mask<{kind}>({_LIBDEVICE_TESTS[candidate].format(args[0], kind)})"
             return (
                 mask if op.result.type.elem == "i1" else f"kx::mask_to_int<int32_t>({mask}, false)"
             )

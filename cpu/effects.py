@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .cxx import C_TYPES, narrow, widen
 from .expressions import Expr
 from .ir import Op, Value
-from .memory import site, write
+from .memory import is_volatile, read, site, write
 from .nest import Nest
 from .sinks import Sink
 
@@ -26,7 +26,7 @@ _ORDERS = {
 
 def is_write(op: Op) -> bool:
     """Whether memory, or the order of effects, may differ after the op."""
-    return op.name in _EFFECTS
+    return op.name in _EFFECTS or is_volatile(op)
 
 
 def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
@@ -38,6 +38,8 @@ def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
     args = [nest.pull(o, nest.index if o.type.is_tensor else ()) for o in op.operands]
     if op.name == "tt.store":
         return [_store(nest, op, args)]
+    if op.name == "tt.load":
+        return [_define(nest, op.result, _volatile_load(nest, op, args))]
     if op.name == "tt.atomic_rmw":
         return _atomic(nest, op, args)
     if op.name == "tt.atomic_cas":
@@ -60,6 +62,15 @@ def _store(nest: Nest, op: Op, args: list[Expr]) -> str:
     storage = C_TYPES[op.operands[1].type.elem]
     guard = f"if ({args[2].code}) " if len(args) > 2 else ""
     return guard + write(nest.scope, op, storage, args[0].code, args[1].code)
+
+
+def _volatile_load(nest: Nest, op: Op, args: list[Expr]) -> str:
+    storage = C_TYPES[op.result.type.elem]
+    code = read(nest.scope, op, storage, args[0].code)
+    if len(args) == 1:
+        return code
+    fill = args[2].code if len(args) > 2 else "0"
+    return f"{args[1].code} ? {code} : ({storage})({fill})"
 
 
 def _allowed(nest: Nest, op: Op, address: str, storage: str, code: str) -> str:

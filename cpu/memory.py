@@ -22,8 +22,15 @@ def site(scope: Scope, op: Op) -> str:
     return f"program, {number}, {json.dumps(str(op.location))}"
 
 
+def is_volatile(op: Op) -> bool:
+    """Whether a load must look at memory each time, once, and in order."""
+    return op.name == "tt.load" and bool(op.attrs.get("isVolatile"))
+
+
 def read(scope: Scope, op: Op, storage: str, address: str) -> str:
     """A scalar read of global memory."""
+    if is_volatile(op) and not scope.checked:
+        return f"kx::load_volatile((const {storage} *)({address}))"
     if scope.checked:
         return f"kx::checked_load<{storage}>(context, {address}, {site(scope, op)})"
     return f"*(const {storage} *)({address})"

@@ -24,7 +24,9 @@ from .ir import (
 from .literals import parse_attributes, parse_constant
 from .locations import Locations, split_location
 
-_OP = re.compile(r'^(?:(%[\w.$-]+)(?::(\d+))? = )?"?([a-z_]\w*\.[\w.]+)"?\s*(.*)$', re.S)
+_NAME = r"%[\w.$-]+(?::\d+)?"
+# results: one name, one name for several (`%r:2`), or one name each (`%low, %high`)
+_OP = re.compile(rf'^(?:({_NAME}(?:, {_NAME})*) = )?"?([a-z_]\w*\.[\w.]+)"?\s*(.*)$', re.S)
 _SSA = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _BLOCK = re.compile(r"^\^(\w+)(?:\((.*)\))?:")
 _KEYED = re.compile(r"\b(\w+) = ([\w.#<>, =]+?)(?=\s|,|$)")
@@ -90,6 +92,15 @@ def take_braces(text: str) -> tuple[str, str]:
         end = at + 2 if m[0] == "<{" else at + 1
         text = text[: m.start()] + text[end:]
     return text, ", ".join(found)
+
+
+def result_names(text: str) -> list[str]:
+    """The names that later ops use: `%a, %r:2` defines %a, %r#0 and %r#1."""
+    names = []
+    for part in text.split(", ") if text.startswith("%") else []:
+        name, _, count = part.partition(":")
+        names += [f"{name}#{i}" for i in range(int(count))] if count else [name]
+    return names
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ class Parser:
         m = _OP.match(line.text)
         if m is None:
             raise Unsupported(f"{line.location}: cannot read {line.text!r}")
-        _, _, name, rest = m.groups()
+        named, name, rest = m.groups()
         try:
             if name in ("scf.for", "scf.while", "scf.if"):
                 op = getattr(self, "_" + name[4:])(scope, line, rest)
@@ -192,15 +203,12 @@ class Parser:
                 op = self._simple(scope, line, name, rest)
         except KeyError as missing:
             raise Unsupported(f"{line.location}: cannot read {line.text!r}: {missing}") from None
-        if m[1]:
-            scope.update({f"{m[1]}#{i}": value for i, value in enumerate(op.results)})
-            if len(op.results) == 1:
-                scope[m[1]] = op.result
+        scope.update(zip(result_names(named or ""), op.results, strict=True))
         return op
 
     def _values(self, types: list[Type], location: Location, line: str) -> tuple[Value, ...]:
-        name = line.split(" = ", 1)[0].split(":")[0]
-        return tuple(Value(name, t, location) for t in types)
+        names = result_names(line.split(" = ", 1)[0])
+        return tuple(Value(n, t, location) for n, t in zip(names, types, strict=True))
 
     def _for(self, scope: _Scope, line: _Line, rest: str) -> Op:
         unsigned = rest.startswith("unsigned ")
@@ -294,8 +302,8 @@ class Parser:
         words = tuple(re.findall(r"[a-z_]\w*", _KEYED.sub("", words)))
         results: tuple[Value, ...] = ()
         if line.text.startswith("%"):
-            count = re.match(r"%[\w.$-]+(?::(\d+))?", line.text)
-            kinds = result_types(name, types, operands, int(count[1] or 1) if count else 1)
+            count = len(result_names(line.text.split(" = ", 1)[0]))
+            kinds = result_types(name, types, operands, count)
             results = self._values(kinds, line.location, line.text)
         return Op(name, operands, results, attrs, words, (), (), line.location)
 

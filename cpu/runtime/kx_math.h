@@ -59,6 +59,7 @@ template <class T> AI bool any(T mask) {
 }
 
 template <class T> AI T absf(T x) { return bits<T>(bits<U<T>>(x) & (((typename sized_int<sizeof(E<T>)>::u)-1) >> 1)); }
+template <class T> AI T infinity() { return splatf<T>(__builtin_inff()); }
 template <class T> AI T copysign(T x, T y) {
   const auto top = (E<U<T>>)1 << (8 * sizeof(E<T>) - 1);
   return bits<T>((bits<U<T>>(x) & (E<U<T>>)(top - 1)) | (bits<U<T>>(y) & top));

@@ -13,6 +13,14 @@ template <class T> AI T compare_and_swap(T *p, T expected, T desired, int order)
   __atomic_compare_exchange_n((I *)p, &old, bits<I>(desired), false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
   return bits<T>(old);
 }
+// never hoisted out of a loop, repeated or moved: another program may be waited for
+template <class T> AI T load_volatile(const T *p) {
+  typename sized_int<sizeof(T)>::s v;
+  asm volatile("" ::: "memory");
+  v = __atomic_load_n((const decltype(v) *)p, __ATOMIC_ACQUIRE);
+  asm volatile("" ::: "memory");
+  return bits<T>(v);
+}
 template <class T, class F> AI T update(T *p, int order, F f) {
   typedef typename sized_int<sizeof(T)>::s I;
   I old = __atomic_load_n((I *)p, __ATOMIC_RELAXED);

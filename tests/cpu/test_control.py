@@ -234,3 +234,32 @@ def assembly_kernel(x):
 def test_inline_assembly_is_refused_with_its_line():
     with pytest.raises(Exception, match=r"test_control.py:\d+.*elementwise_inline_asm"):
         assembly_kernel[(1,)](torch.zeros(16).int())
+
+
+@triton.jit
+def wait_kernel(flags, tile_flags, out, N: tl.constexpr):
+    pid = tl.program_id(0)
+    at = tl.arange(0, N)
+    if pid > 0:
+        seen = tl.load(flags + pid - 1, volatile=True)
+        while seen == 0:
+            seen = tl.load(flags + pid - 1, volatile=True)
+        tile = tl.load(tile_flags + (pid - 1) * N + at, volatile=True)
+        while tl.min(tile, 0) == 0:
+            tile = tl.load(tile_flags + (pid - 1) * N + at, volatile=True)
+        tl.store(out + pid, seen * 1000 + tl.sum(tile, 0))
+        tl.store(flags + pid, seen + 1)
+        tl.store(tile_flags + pid * N + at, tile + 1)
+    else:
+        tl.store(flags, 1)
+        tl.store(tile_flags + at, at * 0 + 1)
+
+
+def test_volatile_loads_look_at_memory_each_time():
+    n, programs = 16, 64
+    for _ in range(10):
+        flags = torch.zeros(programs, dtype=torch.int32)
+        tiles = torch.zeros(programs, n, dtype=torch.int32)
+        out = torch.zeros(programs, dtype=torch.int32)
+        wait_kernel[(programs,)](flags, tiles, out, N=n)
+        assert torch.equal(out, torch.arange(programs, dtype=torch.int32) * (1000 + n))

@@ -196,3 +196,22 @@ def test_functions_at_the_edges(op):
     torch.testing.assert_close(out[finite], want[finite], rtol=4e-7, atol=2e-45)
     zero = want == 0
     assert torch.equal(torch.signbit(out[zero]), torch.signbit(want[zero]))
+
+
+@triton.jit
+def tests_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a = tl.load(x + at)
+    tl.store(out + at, libdevice.isinf(a).to(tl.int8))
+    tl.store(out + N + at, libdevice.isnan(a).to(tl.int8))
+    tl.store(out + 2 * N + at, libdevice.signbit(a).to(tl.int8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_library_tests_of_special_values(dtype):
+    x = torch.tensor([0.0, -0.0, 1.5, -1e-42, float("inf"), float("-inf"), float("nan"), -3.0] * 4)
+    x = x.to(dtype)
+    out = torch.zeros(3, 32, dtype=torch.int8)
+    tests_kernel[(1,)](x, out, N=32)
+    expected = torch.stack([x.isinf(), x.isnan(), x.signbit()])
+    assert torch.equal(out != 0, expected)

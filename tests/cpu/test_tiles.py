@@ -170,3 +170,17 @@ def test_random_numbers_are_philox():
     want = [philox(1234, k) for k in range(128)]
     assert [v % 2**32 for v in integers.tolist()] == want
     assert out.min() >= 0 and out.max() < 1
+
+
+@triton.jit
+def split_kernel(x, out, N: tl.constexpr):
+    pairs = tl.load(x + tl.arange(0, N)[:, None] * 2 + tl.arange(0, 2)[None, :])
+    left, right = tl.split(pairs)  # a split of loaded pairs: one of joined ones folds away
+    tl.store(out + tl.arange(0, N), left - 3 * right)
+
+
+def test_split_of_loaded_pairs():
+    x = torch.randn(32, 2, generator=torch.Generator().manual_seed(6))
+    out = torch.zeros(32)
+    split_kernel[(1,)](x, out, N=32)
+    assert torch.equal(out, x[:, 0] - 3 * x[:, 1])
