@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .kernels.attention import attention as attention
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
     from .kernels.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .kernels.qk_norm_rope_cache import qk_norm_rope_cache as qk_norm_rope_cache
     from .kernels.qk_norm_rope_packed import qk_norm_rope_packed as qk_norm_rope_packed
+    from .kernels.newton_schulz import newton_schulz as newton_schulz
     from .kernels.rmsnorm import add_rms_norm as add_rms_norm
     from .kernels.rmsnorm import rms_norm as rms_norm
     from .kernels.rmsnorm_fp8 import add_rms_norm_fp8 as add_rms_norm_fp8
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
 _HOMES = {
     "add_rms_norm": "rmsnorm",
     "add_rms_norm_fp8": "rmsnorm_fp8",
+    "attention": "attention",
     "linear_cross_entropy": "cross_entropy",
     "linear_cross_entropy_tokens": "cross_entropy",
     "qk_norm_rope": "qk_norm_rope",
     "qk_norm_rope_cache": "qk_norm_rope_cache",
     "qk_norm_rope_packed": "qk_norm_rope_packed",
+    "newton_schulz": "newton_schulz",
     "rms_norm": "rmsnorm",
     "rms_norm_fp8": "rmsnorm_fp8",
 }
