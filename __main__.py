@@ -7,13 +7,14 @@ from typing import cast
 
 import typer
 
+from .autotune import commands as tuning
 from .model import commands
 
 # typer has its own copy of click in some versions and not in others: ask for what it raises
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(help="K-EXAONE: train, generate, inspect.", add_completion=False)
-for command in (commands.demo, commands.train, commands.generate, commands.info):
+for command in (commands.demo, commands.train, commands.generate, commands.info, tuning.audit):
     app.command()(command)
 
 

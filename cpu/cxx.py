@@ -114,7 +114,9 @@ _LIBDEVICE = {
     "llabs": "abs_int", "fmax": "max_num", "fmin": "min_num", "fast_exp": "exp", "fast_log": "log",
     "fast_log2": "log2", "fast_sin": "sin", "fast_cos": "cos", "fast_tanh": "tanh",
     "fast_exp10": "exp10_", "fast_log10": "log10_", "fast_tan": "tan_", "fast_pow": "pow_",
-    "sqrt_rn": "sqrt", "fsqrt_rn": "sqrt", "dsqrt_rn": "sqrt", "mulhi": "mul_high", "umulhi": "mul_high",
+    "sqrt_rn": "sqrt", "fsqrt_rn": "sqrt", "dsqrt_rn": "sqrt",
+    "umulhi": "mul_high", "umul64hi": "mul_high", "mulhi": "mul_high_signed",
+    "mul64hi": "mul_high_signed",
 }  # fmt: skip
 _LIBDEVICE_TESTS = {"isnan": "{0} != {0}", "isinf": "kx::absf({0}) == kx::infinity<{1}>()",
                     "finite": "kx::absf({0}) < kx::infinity<{1}>()",

@@ -139,6 +139,10 @@ template <class T> AI T mul_high(T a, T b) {
       return (E<T>)(((uint64_t)(E<U<T>>)x * (E<U<T>>)y) >> (8 * sizeof(E<T>))); });
   }
 }
+template <class T> AI T mul_high_signed(T a, T b) {
+  const int top = 8 * sizeof(E<T>) - 1;
+  return mul_high(a, b) - ((a >> top) & b) - ((b >> top) & a);
+}
 template <class T> AI T abs_int(T a) { return select<T>(to_mask<T>(a < 0), -a, a); }
 // float to integer: truncates; saturates where C++ leaves it undefined, NaN gives 0
 template <class To, class T> AI as<T, To> to_int(T x) {

@@ -199,7 +199,7 @@ def test_functions_at_the_edges(op):
 
 
 @triton.jit
-def tests_kernel(x, out, N: tl.constexpr):
+def special_kernel(x, out, N: tl.constexpr):
     at = tl.arange(0, N)
     a = tl.load(x + at)
     tl.store(out + at, libdevice.isinf(a).to(tl.int8))
@@ -212,6 +212,23 @@ def test_library_tests_of_special_values(dtype):
     x = torch.tensor([0.0, -0.0, 1.5, -1e-42, float("inf"), float("-inf"), float("nan"), -3.0] * 4)
     x = x.to(dtype)
     out = torch.zeros(3, 32, dtype=torch.int8)
-    tests_kernel[(1,)](x, out, N=32)
+    special_kernel[(1,)](x, out, N=32)
     expected = torch.stack([x.isinf(), x.isnan(), x.signbit()])
     assert torch.equal(out != 0, expected)
+
+
+@triton.jit
+def high_kernel(x, y, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    a, b = tl.load(x + at), tl.load(y + at)
+    tl.store(out + at, libdevice.mulhi(a, b))
+    tl.store(out + N + at, tl.umulhi(a, b))
+
+
+def test_high_half_of_products():
+    x, y = (torch.randint(-(2**31), 2**31, (64,)).int() for _ in range(2))
+    out = torch.zeros(2, 64, dtype=torch.int32)
+    high_kernel[(1,)](x, y, out, N=64)
+    assert torch.equal(out[0], (x.long() * y.long() >> 32).int())
+    unsigned = [(int(a) % 2**32) * (int(b) % 2**32) >> 32 for a, b in zip(x, y, strict=True)]
+    assert [int(v) % 2**32 for v in out[1]] == unsigned
