@@ -1,0 +1,220 @@
+"""Judging compiled kernels: what each needs, what it moves, and whether a default is fit to ship.
+
+A kernel fails that does not compile, spills registers, does not fit into a processor, or accesses
+memory by less than 16 bytes a thread where 16 are possible. Possible means: each time the access
+was executed it covered whole aligned 16-byte pieces, and the tile has that much for every thread.
+Both sides meet at the source line, which the IR and the machine code keep.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from ..kernels.arch import Arch
+from .capture import Launch, capture, storage_of
+from .cases import Builder, Case
+from .compile import Compiled, compile_all, specialise
+from .machine import MachineCode
+from .occupancy import occupancy
+from .traffic import WIDE, AccessCount, Traffic, measure
+
+_SIDES = {"load": ("load", "async", "bulk"), "store": ("store", "bulk")}
+
+
+@dataclass(frozen=True)
+class Width:
+    """Accesses through one argument: bytes per thread of the narrowest, and whether 16 can be."""
+
+    argument: str
+    kind: str
+    line: int
+    bytes: int
+    possible: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """One kernel of one op on one target. What could not be found is None.
+
+    `moved_per_useful`: bytes requested from memory, in 32-byte sectors and before any cache, per
+    byte of the tensors it was given. Instructions are those of a warp, per KiB of these tensors and
+    per thousand floating-point operations of matrix products. `exact` is False where the kernel is
+    steered by data that was not there.
+    """
+
+    op: str
+    problem: str
+    kernel: str
+    target: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    launches: int
+    problems: tuple[str, ...]
+    code: MachineCode | None = None
+    occupancy: float | None = None
+    limit: str = ""
+    useful_bytes: int = 0
+    flops: float | None = None
+    moved_per_useful: float | None = None
+    instructions_per_kib: float | None = None
+    instructions_per_kiloflop: float | None = None
+    exact: bool = False
+    widths: tuple[Width, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; memory instructions as counts by width."""
+        plain = {k: v for k, v in asdict(self).items() if k != "code"}
+        if self.code is not None:
+            code = {k: getattr(self.code, k) for k in (
+                "registers", "stack", "spilled", "shared", "warps", "instructions")}  # fmt: skip
+            kinds = sorted({a.kind for a in self.code.accesses})
+            memory = {kind: self.code.widths(kind) for kind in kinds}
+            plain["code"] = {**code, "mma": dict(self.code.mma), "memory": memory}
+        return plain
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A launch to judge, and what is known about it.
+
+    `useful_bytes` are those an ideal kernel would move; None: what it touches of its tensors, each
+    byte once.
+    """
+
+    op: str
+    problem: str
+    launch: Launch
+    arch: Arch
+    contents: Mapping[int, np.ndarray] = field(default_factory=dict)
+    narrow: Mapping[str, str] = field(default_factory=dict)
+    useful_bytes: int | None = None
+    launches: int = 1
+
+
+def subjects(case: Case, arch: Arch) -> list[Subject]:
+    """The launches of a case on `arch`; none where its types do not exist."""
+    if case.fp8 and not arch.fp8:
+        return []
+    builder = Builder()
+    found: dict[str, Subject] = {}
+    for launch in capture(lambda: case.call(builder), arch):
+        key = repr(specialise(launch, arch))
+        subject = Subject(case.op, case.problem, launch, arch, builder.contents, case.narrow)
+        found[key] = replace(subject, launches=found[key].launches + 1) if key in found else subject
+    return list(found.values())
+
+
+def audit(
+    found: Sequence[Subject], *, workers: int | None = None, done: Callable[[], None] = lambda: None
+) -> Iterator[Report]:
+    """Compile and judge each launch, in order; `done` is called after each."""
+    jobs = [specialise(s.launch, s.arch) for s in found]
+    results = compile_all(jobs, workers=workers, done=done)
+    for subject, compiled in zip(found, results, strict=True):
+        yield judge(subject, compiled)
+
+
+def judge(subject: Subject, compiled: Compiled) -> Report:
+    """The report on one compiled launch."""
+    launch, arch, code = subject.launch, subject.arch, compiled.code
+    known: dict[str, Any] = {
+        "op": subject.op, "problem": subject.problem, "kernel": launch.name, "target": arch.name,
+        "grid": launch.grid, "options": launch.options, "launches": subject.launches,
+    }  # fmt: skip
+    if code is None:
+        return Report(**known, problems=(f"does not compile: {compiled.error}",))
+    traffic = measure(compiled.ttir, _integers(launch), launch.grid, _contents(subject))
+    held = occupancy(arch, registers=code.registers, shared=code.shared, warps=max(1, code.warps))
+    widths = _widths(traffic, code, arch) if traffic else ()
+    executed = _executed(code, traffic) if traffic else None
+    useful, flops = _useful(subject, traffic), traffic.flops if traffic else None
+    total = executed and executed * code.warps * launch.programs
+    return Report(
+        **known, problems=tuple(_problems(code, held.programs, widths, subject)), code=code,
+        occupancy=held.fraction, limit=held.limit, useful_bytes=useful, flops=flops,
+        moved_per_useful=traffic.moved / useful if traffic and useful else None,
+        instructions_per_kib=total / useful * 1024 if total and useful else None,
+        instructions_per_kiloflop=total / flops * 1000 if total and flops else None,
+        exact=traffic is not None and traffic.exact, widths=widths,
+    )  # fmt: skip
+
+
+def _problems(
+    code: MachineCode, programs: int, widths: Sequence[Width], subject: Subject
+) -> Iterator[str]:
+    if code.spilled:
+        yield f"spills {code.spilled} bytes per thread"
+    if code.shared > subject.arch.shared_bytes:
+        yield f"needs {code.shared} bytes of shared memory, {subject.arch.shared_bytes} exist"
+    elif not programs:
+        yield f"{code.warps} warps of {code.registers} registers do not fit a processor"
+    for width in widths:
+        if width.possible and width.bytes < WIDE and width.argument not in subject.narrow:
+            verb = "loaded" if width.kind == "load" else "stored"
+            yield f"{width.argument} is {verb} by {width.bytes} bytes (line {width.line})"
+
+
+def _integers(launch: Launch) -> dict[str, int]:
+    """Values of the integers, and offsets of the tensors into their memory."""
+    values = {n: t.data_ptr() for n, t in launch.tensors.items()}
+    known = {n: v for n, v in launch.arguments.items() if n not in launch.unknown}
+    return values | {n: int(v) for n, v in known.items() if isinstance(v, int)}
+
+
+def _useful(subject: Subject, traffic: Traffic | None) -> int:
+    """What it touches of its tensors: no more than their sizes, nor than what it asks for."""
+    if subject.useful_bytes is not None:
+        return subject.useful_bytes
+    sizes = subject.launch.sizes
+    if traffic is None:
+        return sum(sizes.values())
+    wanted = dict.fromkeys(sizes, 0.0 if traffic.exact else float("inf"))
+    tensors = subject.launch.tensors
+    for access in traffic.accesses.values():
+        if access.argument in tensors and traffic.exact:
+            wanted[storage_of(tensors[access.argument])] += access.wanted
+    return int(sum(min(size, wanted[storage]) for storage, size in sizes.items()))
+
+
+def _contents(subject: Subject) -> dict[str, np.ndarray]:
+    tensors = subject.launch.tensors.items()
+    return {n: subject.contents[storage_of(t)] for n, t in tensors
+            if storage_of(t) in subject.contents}  # fmt: skip
+
+
+def _widths(traffic: Traffic, code: MachineCode, arch: Arch) -> tuple[Width, ...]:
+    """Each source line that accesses memory, with the narrowest instruction made from it."""
+    lines: dict[tuple[str, tuple[str, int]], list[AccessCount]] = defaultdict(list)
+    for access in traffic.accesses.values():
+        if access.kind in _SIDES and access.times:
+            lines[access.kind, access.where].append(access)
+    found = []
+    for (kind, where), accesses in lines.items():
+        made = [WIDE if a.kind == "bulk" else a.bytes for a in code.accesses
+                if a.where == where and a.kind in _SIDES[kind]]  # fmt: skip
+        if made:
+            threads = code.warps * arch.warp_size
+            possible = all(a.wide and a.elements * a.size >= WIDE * threads for a in accesses)
+            names = "+".join(sorted({a.argument for a in accesses if a.argument}))
+            found.append(Width(names, kind, where[1], min(made), possible))
+    return tuple(found)
+
+
+def _executed(code: MachineCode, traffic: Traffic) -> float | None:
+    """Instructions that one warp executes, from the trip counts; None if the loops do not match.
+
+    Loops are matched by their order in the program, so as many must be left in the machine code as
+    there are in the source.
+    """
+    trips = list(traffic.trips.values())
+    if len(trips) != len(code.loops):
+        return None
+    weights = np.ones(code.instructions)
+    for loop, count in zip(code.loops, trips, strict=True):
+        weights[loop.first : loop.last + 1] = count
+    return float(weights.sum())

@@ -1,0 +1,145 @@
+"""What is audited: the ops at the shapes of K-EXAONE 236B.
+
+A case calls public functions on meta tensors. To add an op, add a `Case`: `b.floats` makes a tensor
+that takes part in autograd, `b.data` one whose contents are known (offsets of groups, starts of
+sequences), and `train` runs the backward pass too. Where a kernel's access cannot be 16 bytes wide,
+name its argument in `narrow` with the reason.
+
+Shape letters: T tokens, H hidden, E experts (each WIDTH wide), K experts of a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from .capture import storage_of
+
+T, H, WIDTH, E, K = 8192, 6144, 2048, 128, 8
+QUERIES, KEYS, HEAD = 64, 8, 128
+VOCABULARY = 153_600
+
+
+class Builder:
+    """Makes meta tensors and remembers what is known of their contents."""
+
+    def __init__(self) -> None:
+        self.contents: dict[int, np.ndarray] = {}
+        self._kept: list[Tensor] = []
+
+    def floats(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """A contiguous tensor that requires a gradient."""
+        return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+    def data(self, values: Tensor) -> Tensor:
+        """A tensor with known contents, for what steers a kernel."""
+        tensor = torch.empty_like(values, device="meta")
+        self._kept.append(tensor)
+        self.contents[storage_of(tensor)] = values.contiguous().numpy()
+        return tensor
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result: a tensor or a dataclass of tensors."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [getattr(result, f.name) for f in dataclasses.fields(result)]
+
+
+def train(*outputs: Any) -> None:
+    """The backward pass with contiguous gradients."""
+    wanted = [t for t in outputs if t.requires_grad]
+    torch.autograd.backward(wanted, [torch.empty_like(t) for t in wanted])
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op with one problem. `fp8`: only for architectures that have the type.
+
+    `narrow` maps a kernel's argument to the reason why its accesses may be under 16 bytes.
+    """
+
+    op: str
+    problem: str
+    call: Callable[[Builder], Any]
+    fp8: bool = False
+    narrow: Mapping[str, str] = field(default_factory=dict)
+
+
+def _rms_norm(b: Builder) -> None:
+    train(ops.rms_norm(b.floats(T, H), b.floats(H)))
+
+
+def _add_rms_norm(b: Builder) -> None:
+    out = ops.add_rms_norm(b.floats(T, H), b.floats(T, H), b.floats(H))
+    train(out.normed, out.total)
+
+
+def _heads(b: Builder, tokens: int = T) -> tuple[Tensor, ...]:
+    """Queries, keys and the two norms' weights."""
+    return (b.floats(tokens, QUERIES, HEAD), b.floats(tokens, KEYS, HEAD), b.floats(HEAD),
+            b.floats(HEAD))  # fmt: skip
+
+
+def _tables(b: Builder, tokens: int = T) -> dict[str, Any]:
+    """Cosines and sines, one row per token."""
+    return {
+        name: b.floats(tokens, HEAD // 2, dtype=torch.float32).detach() for name in ("cos", "sin")
+    }
+
+
+def _qk_norm_rope(b: Builder, turned: bool = True) -> None:
+    out = ops.qk_norm_rope(*_heads(b), **(_tables(b) if turned else {}))
+    train(*tensors(out))
+
+
+def _qk_norm_rope_packed(b: Builder) -> None:
+    qkv = b.floats(T, (QUERIES + 2 * KEYS) * HEAD)
+    out = ops.qk_norm_rope_packed(qkv, b.floats(HEAD), b.floats(HEAD), key_heads=KEYS, **_tables(b))
+    train(*tensors(out))
+
+
+@torch.no_grad()
+def _qk_norm_rope_cache(b: Builder) -> None:
+    tokens, slots = 64, 8192
+    q, k, q_weight, k_weight = _heads(b, tokens)
+    keys, values = (b.floats(tokens, KEYS, slots, HEAD) for _ in range(2))
+    each, last = b.data(torch.arange(tokens)), b.data(torch.full((tokens,), slots - 1))
+    ops.qk_norm_rope_cache(q, k, torch.empty_like(k), q_weight, k_weight, keys, values, each, last,
+                           **_tables(b, tokens))  # fmt: skip
+
+
+def _cross_entropy(op: Callable[..., Any]) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        targets = b.data(torch.arange(T) * 17 % VOCABULARY)
+        out = op(b.floats(T, H), b.floats(VOCABULARY, H), targets)
+        train(*tensors(out))
+
+    return call
+
+
+CASES = (
+    Case("rms_norm", f"{T} x {H}", _rms_norm),
+    Case("add_rms_norm", f"{T} x {H}", _add_rms_norm),
+    Case("rms_norm", "65536 wide", lambda b: train(ops.rms_norm(b.floats(512, 65536),
+                                                               b.floats(65536)))),
+    Case("rms_norm_fp8", f"{T} x {H}", lambda b: ops.rms_norm_fp8(b.floats(T, H), b.floats(H)),
+         fp8=True),
+    Case("add_rms_norm_fp8", f"{T} x {H}", lambda b: ops.add_rms_norm_fp8(
+        b.floats(T, H), b.floats(T, H), b.floats(H)), fp8=True),
+    Case("qk_norm_rope", f"{T} tokens", _qk_norm_rope),
+    Case("qk_norm_rope", f"{T} tokens, not turned", lambda b: _qk_norm_rope(b, turned=False)),
+    Case("qk_norm_rope_packed", f"{T} tokens", _qk_norm_rope_packed),
+    Case("qk_norm_rope_cache", "64 tokens", _qk_norm_rope_cache),
+    Case("linear_cross_entropy", f"{T} x {H} x {VOCABULARY}",
+         _cross_entropy(lambda *a: ops.linear_cross_entropy(*a))),
+    Case("linear_cross_entropy_tokens", f"{T} x {H} x {VOCABULARY}",
+         _cross_entropy(lambda *a: ops.linear_cross_entropy_tokens(*a))),
+)  # fmt: skip
