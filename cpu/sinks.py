@@ -17,6 +17,11 @@ _IDENTITY = {
 }  # fmt: skip
 
 
+# A reduction over lanes keeps this many sums, and adds those up in a tree of this many
+ACCUMULATORS = 64
+TREE = 16
+
+
 @dataclass(frozen=True, eq=False)
 class Sink:
     """One thing a nest does. `position` is its place in the program order of its block."""
@@ -70,9 +75,11 @@ class GroupEmitter:
         self._vector_bytes = vector_bytes
 
     def layout(self, group: Group) -> tuple[int | None, int]:
-        """The lane dimension, by vote of the memory accesses, and its lane count."""
-        if self._scope.checked or any(s.kind == "each" for s in group.sinks):
-            return None, 1
+        """The lane dimension, by vote of the memory accesses, and its lane count.
+
+        One lane where every element is to be looked at: then the dimension only says in which order
+        a reduction adds.
+        """
         votes = [0.0] * len(group.shape)
         for pointer, weight in self._pointers(group):
             dim = self._scope.analysis.unit_dim(pointer)
@@ -86,6 +93,8 @@ class GroupEmitter:
         size = group.shape[best] if group.shape else 1
         if size < 2:
             return None, 1
+        if self._scope.checked or any(s.kind == "each" for s in group.sinks):
+            return best, 1
         return best, min(self._vector_bytes // 4, size)
 
     def _pointers(self, group: Group) -> list[tuple[Value, float]]:
@@ -122,13 +131,15 @@ class GroupEmitter:
     def _emit(
         self, group: Group, keeps: KeepPlan, lane_dim: int | None, lanes: int, wide: int
     ) -> list[str]:
+        slots = 1
+        if group.axis is not None and group.axis == lane_dim:
+            slots = min(ACCUMULATORS, group.shape[group.axis])
+        if lanes == 1:
+            lane_dim = None
         inner = group.axis if group.axis is not None and group.axis != lane_dim else None
         if inner is not None and group.shape[inner] == 1:
             inner = None
-        reduces_lanes = group.axis is not None and group.axis == lane_dim
-        unroll = 1
-        if reduces_lanes and lane_dim is not None:
-            unroll = max(1, min(4, group.shape[lane_dim] // lanes))
+        unroll = 1 if lane_dim is None else max(1, slots // lanes)
         nest = Nest(self._scope, group.shape, lane_dim, lanes, inner, unroll)
         nest.wide_lanes = wide
         statements: list[tuple[int, str]] = []
@@ -136,7 +147,7 @@ class GroupEmitter:
         pulled = {s: self._pull(nest, s) for s in ordered}
         for sink in ordered:
             if sink.kind == "reduce":
-                emit_reduce(nest, sink, pulled[sink])
+                emit_reduce(nest, sink, pulled[sink], slots)
         for sink in ordered:
             statements += self._statements(nest, sink, pulled[sink], keeps)
         kept = self._kept(nest, group, keeps)
@@ -215,24 +226,26 @@ class KeepPlan:
 
 def convert(nest: Nest, e: Expr, elem: str) -> Expr:
     """A float in another float format, or an integer widened; both exact."""
-    from .cxx import narrow, widen
+    from .cxx import convert_float
     from .ir import Type
 
     kind = Type(elem)
     if kind.is_float:
-        wide = "f64" if e.type.elem == "f64" else "f32"
-        code = narrow(widen(e.code, e.type.elem), wide, elem)
+        code = convert_float(e.code, e.type.elem, elem)
     else:
         code = f"kx::cast<{C_TYPES[elem]}>({e.code})"
     return nest.name(kind, e.vector, e.level, code)
 
 
-def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
-    """Accumulators before the reduced loop, the combine function in it, the result after it."""
+def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr], slots: int) -> None:
+    """Accumulators before the reduced loop, the combine function in it, the result after it.
+
+    Element i goes to accumulator i modulo `slots`, whatever the vector width: the same additions on
+    every machine, and in checked mode.
+    """
     op, axis = sink.op, sink.axis
     assert op is not None and axis is not None
     body = op.regions[0].block.ops
-    over_lanes = axis == nest.lane_dim
     vector = nest.lane_dim is not None
     lanes = nest.lanes if vector else 1
     # code level just outside the reduced loop
@@ -242,38 +255,32 @@ def emit_reduce(nest: Nest, sink: Sink, inputs: list[Expr]) -> None:
     start = None
     if len(body) == 2 and len(inputs) == 1:
         start = identity(op, body[0], sink.values[0].type.elem)
-    unroll = nest.unroll if over_lanes else 1
-    slot = f"[{nest.strip}u]" if unroll > 1 else ""
+    count = max(1, slots // lanes)
+    here = nest.index[axis].code
+    slot, first_pass = "", f"{here} == 0"
+    if count > 1:
+        slot = f"[{nest.strip}u]" if vector else f"[{here} & {count - 1}]"
+        first_pass = f"{here} == {nest.strip}u * {lanes}" if vector else f"{here} < {count}"
     for name, kind, value in zip(accumulators, types, sink.values, strict=True):
-        dim = f"[{unroll}]" if unroll > 1 else ""
-        nest.emit(at, f"{kind} {name}{dim}{{}};")
+        nest.emit(at, f"{kind} {name}{f'[{count}]' if count > 1 else ''}{{}};")
         if start is not None:
             first = splat(start, value.type.elem, lanes)
-            for u in range(unroll):
-                where = f"[{u}]" if unroll > 1 else ""
-                nest.emit(at, f"{name}{where} = {first};")
+            fill = f"for (auto &each : {name}) each = {first};"
+            nest.emit(at, fill if count > 1 else f"{name} = {first};")
     level = nest.depth
     fresh = [nest.as_vector(e) if vector else e.code for e in inputs]
-    old = [
-        Expr(f"{name}{slot}", v.type.scalar(), vector, level)
-        for name, v in zip(accumulators, sink.values, strict=True)
-    ]
-    new = [
-        Expr(code, v.type.scalar(), vector, level)
-        for code, v in zip(fresh, sink.values, strict=True)
-    ]
+    kinds = [v.type.scalar() for v in sink.values]
+    old = [Expr(f"{n}{slot}", k, vector, level) for n, k in zip(accumulators, kinds, strict=True)]
+    new = [Expr(code, k, vector, level) for code, k in zip(fresh, kinds, strict=True)]
     if axis not in nest.order:  # a dimension of one element
         for name, e in zip(accumulators, new, strict=True):
             nest.emit(level, f"{name} = {e.code};")
     else:
         combined = nest.region(op.regions[0], [old, new])
-        first_pass = (
-            f"{nest.index[axis].code} == {f'{nest.strip}u * {lanes}' if unroll > 1 else '0'}"
-        )
         for name, e, c in zip(accumulators, new, combined, strict=True):
             code = c.code if start is not None else f"{first_pass} ? {e.code} : {c.code}"
             nest.emit(level, f"{name}{slot} = {code};")
-    _finish(nest, sink, accumulators, unroll, at)
+    _finish(nest, sink, accumulators, count, at)
 
 
 def splat(code: str, elem: str, lanes: int) -> str:
@@ -286,27 +293,37 @@ def splat(code: str, elem: str, lanes: int) -> str:
     return f"kx::{kind}<{register_type(elem, lanes)}>({code})"
 
 
-def _finish(nest: Nest, sink: Sink, names: list[str], unroll: int, at: int) -> None:
-    """Combine unrolled accumulators and lanes, then store the result."""
+def _finish(nest: Nest, sink: Sink, names: list[str], count: int, at: int) -> None:
+    """Combine the accumulators, then store the result.
+
+    First those whose numbers are equal modulo 16, in ascending order, then in a tree: registers
+    first, lanes last.
+    """
     assert sink.op is not None and sink.axis is not None
     region = sink.op.regions[0]
-    over_lanes = sink.axis == nest.lane_dim
     vector = nest.lane_dim is not None
+    lanes = nest.lanes if vector and sink.axis == nest.lane_dim else 1
     saved, nest.code[at] = nest.code[at], []
     kinds = [v.type.scalar() for v in sink.values]
-    current = [
-        Expr(f"{n}[0]" if unroll > 1 else n, k, vector, at)
-        for n, k in zip(names, kinds, strict=True)
-    ]
-    for u in range(1, unroll):
-        other = [Expr(f"{n}[{u}]", k, vector, at) for n, k in zip(names, kinds, strict=True)]
-        current = nest.region(region, [current, other])
-    if over_lanes and vector:
-        step = nest.lanes // 2
-        while step:
-            turned = [nest.name(e.type, True, at, f"kx::rotate<{step}>({e.code})") for e in current]
-            current = nest.region(region, [current, turned])
-            step //= 2
+    registers = [
+        [Expr(f"{n}[{u}]" if count > 1 else n, k, vector, at)
+         for n, k in zip(names, kinds, strict=True)]
+        for u in range(count)
+    ]  # fmt: skip
+    width = max(1, min(count, TREE // lanes))
+    for u in range(width, count):
+        registers[u % width] = nest.region(region, [registers[u % width], registers[u]])
+    while width > 1:
+        width //= 2
+        for u in range(width):
+            registers[u] = nest.region(region, [registers[u], registers[u + width]])
+    current = registers[0]
+    step = lanes // 2
+    while step:
+        turned = [nest.name(e.type, True, at, f"kx::rotate<{step}>({e.code})") for e in current]
+        current = nest.region(region, [current, turned])
+        step //= 2
+    if lanes > 1:
         current = [nest.name(e.type, False, at, f"{e.code}[0]" if e.type.elem != "i1"
                              else f"(bool){e.code}[0]") for e in current]  # fmt: skip
     after, nest.code[at] = nest.code[at], saved

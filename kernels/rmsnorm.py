@@ -55,7 +55,8 @@ def configs(columns: int, arch: Arch) -> list[Config]:
     blocks = [min(whole, MAX_BLOCK) >> halvings for halvings in range(3)]
     programs = [waves * arch.processors for waves in (1, 2, 4)]
     found = (Config(*c) for c in itertools.product(blocks, (1, 2, 4, 8), programs, (2, 4, 8, 16)))
-    return sorted((c for c in found if feasible(c, columns, arch)), key=_default_first)
+    fitting = [c for c in found if feasible(c, columns, arch)]
+    return sorted(fitting, key=lambda c: _default_first(c, columns))
 
 
 def feasible(config: Config, columns: int, arch: Arch) -> bool:
@@ -64,10 +65,14 @@ def feasible(config: Config, columns: int, arch: Arch) -> bool:
     return 4 <= per_thread <= 64 and (config.rows == 1 or config.block >= columns)
 
 
-def _default_first(config: Config) -> tuple[float, ...]:
-    """Wide blocks, then about 16 elements per thread, then one wave of backward programs."""
+def _default_first(config: Config, columns: int) -> tuple[float, ...]:
+    """Whole rows, then about 16 elements per thread, then one wave of backward programs.
+
+    Pieces of 32 per thread spill on sm_80, where threads are held to 64 registers.
+    """
     per_thread = config.block * config.rows / (config.num_warps * 32)
-    return -config.block, abs(per_thread - 16), config.rows, config.programs
+    pieces = config.block < columns
+    return pieces, abs(per_thread - 16), -config.block, config.rows, config.programs
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
@@ -163,8 +168,8 @@ def _backward_kernel(
         out = (scaled - normed * dot) * rstd
         if SUM_GRAD:
             out += tl.load(sum_grad_TN + row * sum_grad_stride + at, mask=mask, other=0.0)
-        tl.store(out_TN + row * N + at, out.to(out_TN.dtype.element_ty), mask=mask)
         total += grad * normed
+        tl.store(out_TN + row * N + at, out.to(out_TN.dtype.element_ty), mask=mask)
     tl.store(partial_PN + program * N + at, total, mask=mask)
 
 

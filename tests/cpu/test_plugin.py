@@ -219,3 +219,31 @@ def test_narrower_instruction_sets_compute_the_same(isa):
         env={**os.environ, "KEXAONE_CPU_ISA": isa},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+_SUMS = """
+import torch, triton, triton.language as tl
+@triton.jit
+def sums(x, out, n, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    value = tl.load(x + tl.program_id(0) * n + at, mask=at < n, other=0.0)
+    tl.store(out + 2 * tl.program_id(0), tl.sum(value, 0))
+    tl.store(out + 2 * tl.program_id(0) + 1, tl.sum(value.to(tl.float64), 0).to(tl.float32))
+"""
+
+
+def test_sums_have_the_same_bits_on_every_instruction_set_and_when_checked(tmp_path):
+    """Rows that differ in their last bits when added in another order."""
+    (tmp_path / "sums_kernel.py").write_text(_SUMS)
+    code = (
+        "from sums_kernel import *\n"
+        "x, out = torch.randn(50, 700, generator=torch.Generator().manual_seed(0)), "
+        "torch.empty(50, 2)\n"
+        "for block in (1024, 8): sums[(50,)](x, out, min(block, 700), BLOCK=block); "
+        "print(out.flatten().view(torch.int32).tolist())"
+    )
+    settings: list[dict[str, str]] = [{}, {"KEXAONE_CPU_ISA": "avx2"},
+                                      {"KEXAONE_CPU_ISA": "baseline"},
+                                      {"KEXAONE_CPU_CHECKED": "1"}]  # fmt: skip
+    found = {run(code, KEXAONE_CPU="1", PYTHONPATH=str(tmp_path), **s) for s in settings}
+    assert len(found) == 1
