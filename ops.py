@@ -14,27 +14,47 @@ if TYPE_CHECKING:
     from .kernels.attention import attention as attention
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
+    from .kernels.dequantize import dequantize_fp8 as dequantize_fp8
+    from .kernels.gradient_norm import clip_gradients as clip_gradients
+    from .kernels.gradient_norm import gradient_norm as gradient_norm
+    from .kernels.newton_schulz import newton_schulz as newton_schulz
+    from .kernels.optimizer import adamw_step as adamw_step
     from .kernels.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .kernels.qk_norm_rope_cache import qk_norm_rope_cache as qk_norm_rope_cache
     from .kernels.qk_norm_rope_packed import qk_norm_rope_packed as qk_norm_rope_packed
-    from .kernels.newton_schulz import newton_schulz as newton_schulz
+    from .kernels.quantize import quantize_fp8 as quantize_fp8
+    from .kernels.quantize_tiles import quantize_fp8_blocks as quantize_fp8_blocks
+    from .kernels.quantize_tiles import quantize_fp8_both as quantize_fp8_both
+    from .kernels.quantize_tiles import quantize_fp8_transposed as quantize_fp8_transposed
     from .kernels.rmsnorm import add_rms_norm as add_rms_norm
     from .kernels.rmsnorm import rms_norm as rms_norm
     from .kernels.rmsnorm_fp8 import add_rms_norm_fp8 as add_rms_norm_fp8
     from .kernels.rmsnorm_fp8 import rms_norm_fp8 as rms_norm_fp8
+    from .kernels.swiglu import swiglu as swiglu
+    from .kernels.swiglu import swiglu_fp8 as swiglu_fp8
 
 _HOMES = {
+    "adamw_step": "optimizer",
     "add_rms_norm": "rmsnorm",
     "add_rms_norm_fp8": "rmsnorm_fp8",
     "attention": "attention",
+    "clip_gradients": "gradient_norm",
+    "dequantize_fp8": "dequantize",
+    "gradient_norm": "gradient_norm",
     "linear_cross_entropy": "cross_entropy",
     "linear_cross_entropy_tokens": "cross_entropy",
+    "newton_schulz": "newton_schulz",
     "qk_norm_rope": "qk_norm_rope",
     "qk_norm_rope_cache": "qk_norm_rope_cache",
     "qk_norm_rope_packed": "qk_norm_rope_packed",
-    "newton_schulz": "newton_schulz",
+    "quantize_fp8": "quantize",
+    "quantize_fp8_blocks": "quantize_tiles",
+    "quantize_fp8_both": "quantize_tiles",
+    "quantize_fp8_transposed": "quantize_tiles",
     "rms_norm": "rmsnorm",
     "rms_norm_fp8": "rmsnorm_fp8",
+    "swiglu": "swiglu",
+    "swiglu_fp8": "swiglu",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
