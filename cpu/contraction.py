@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .cxx import ELEMENTWISE
 from .expressions import Buffer
 from .ir import Op, Type, Value
 from .schedule import Scheduler
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 _PACKED = {"bf16": "bf16", "f8E4M3FN": "bf16", "f8E5M2": "bf16", "f16": "f32", "f32": "f32",
            "f64": "f64", "i8": "i32", "i16": "i32", "i32": "i32"}  # fmt: skip
 _WIDER = ("bf16", "f32", "f64")
+# up to this many rows of A a product is bound by reading B, which is then prefetched
+_FEW_ROWS = 16
+_STEPS_AHEAD = 4
 
 
 def packed_format(op: Op) -> str:
@@ -45,13 +49,17 @@ def emit_dot(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
     out = _accumulator_buffer(function, op, c, here)
     tile_a = here.materialize(a, form)
     transposed, source = transposed_source(function, b)
-    tile_b = here.materialize(source, form)
+    along_k = not transposed and runs_along_k(function, b)
     *batch, m, k = a.type.dims
+    if m <= _FEW_ROWS and (transposed or along_k):
+        function.scope.ahead = _STEPS_AHEAD * k
+    tile_b = here.materialize(source, form, transposed=along_k)
+    function.scope.ahead = 0
     n = b.type.dims[-1]
     count = 1
     for size in batch:
         count *= size
-    flag = "true" if transposed else "false"
+    flag = "true" if transposed or along_k else "false"
     panels = function.allocate(form if form != "bf16" else "i32", (k * n,))
     index = ""
     if count > 1:
@@ -78,6 +86,21 @@ def transposed_source(function: FunctionEmitter, b: Value) -> tuple[bool, Value]
         if order == (*range(rank - 2), rank - 1, rank - 2):
             return True, op.operands[0]
     return False, b
+
+
+def runs_along_k(function: FunctionEmitter, b: Value) -> bool:
+    """Whether B [K, N] is read from memory in which K is the contiguous dimension."""
+    analysis = function.analysis
+    while b not in function.scope.buffers and analysis.is_inline(b):
+        if b in analysis.splits or len(b.type.dims) != 2:
+            return False
+        op = analysis.definition[b]
+        if op.name == "tt.load":
+            return analysis.unit_dim(op.operands[0]) == 0
+        if op.name not in ELEMENTWISE or len(op.operands) != 1:
+            return False
+        b = op.operands[0]
+    return False
 
 
 def _accumulator_buffer(function: FunctionEmitter, op: Op, c: Value, here: Scheduler) -> Buffer:

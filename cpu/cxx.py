@@ -78,6 +78,13 @@ def narrow(code: str, source: str, elem: str, rounding: str = "rtne") -> str:
     return f"kx::f32_to_{_SHORT[elem]}{suffix}({code})"
 
 
+def convert_float(code: str, source: str, elem: str, rounding: str = "rtne") -> str:
+    """A float of one format in another."""
+    if source.startswith("f8") and elem == "bf16":
+        return f"kx::top_half({widen(code, source)})"
+    return narrow(widen(code, source), "f64" if source == "f64" else "f32", elem, rounding)
+
+
 _INFIX = {
     "arith.addf": "+", "arith.subf": "-", "arith.mulf": "*", "arith.divf": "/",
     "arith.addi": "+", "arith.subi": "-", "arith.muli": "*",
@@ -142,9 +149,8 @@ def _cast(op: Op, code: str, lanes: int) -> str:
     to = C_TYPES[target.elem]
     name = op.name.split(".")[1]
     if name in ("extf", "truncf", "fp_to_fp"):
-        wide = "f64" if source.elem == "f64" else "f32"
-        code = widen(code, source.elem)
-        return narrow(code, wide, target.elem, op.attrs.get("rounding", op.attrs.get("mode", "")))
+        rounding = op.attrs.get("rounding", op.attrs.get("mode", ""))
+        return convert_float(code, source.elem, target.elem, rounding)
     if name in ("bitcast", "int_to_ptr", "ptr_to_int"):
         if "i1" in (source.elem, target.elem) and source.elem != target.elem:
             if source.elem == "i1":

@@ -9,11 +9,12 @@ from .ir import Type
 
 @dataclass(frozen=True)
 class Buffer:
-    """A tile in the scratch memory of a program, row-major."""
+    """A tile in the scratch memory of a program, row-major; `transposed`: in its last two dims."""
 
     name: str
     elem: str
     shape: tuple[int, ...]
+    transposed: bool = False
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -21,7 +22,10 @@ class Buffer:
         for size in reversed(self.shape):
             steps.append(step)
             step *= size
-        return tuple(reversed(steps))
+        steps.reverse()
+        if self.transposed:
+            steps[-2:] = 1, self.shape[-2]
+        return tuple(steps)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Scope:
     buffers: dict[Value, Buffer]
     offsets: dict[Value, str]  # split loop-carried tensor -> the scalar to add
     checked: bool = False
+    ahead: int = 0  # elements by which loads are prefetched, 0 where they are not
     counter: int = 0
 
     def fresh(self, prefix: str) -> str:

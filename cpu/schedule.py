@@ -8,7 +8,7 @@ Values that depend on memory and are used after a later write are put in a buffe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .analysis import KEEP_ABOVE, Analysis
 from .expressions import Buffer
@@ -201,19 +201,22 @@ class Scheduler(KeepPlan):
 
     # ---- emission
 
-    def materialize(self, value: Value, elem: str = "") -> Buffer:
-        """A buffer that holds the value (converted to `elem`), filled by the time of the flush."""
+    def materialize(self, value: Value, elem: str = "", transposed: bool = False) -> Buffer:
+        """A buffer that holds the value (converted to `elem`), filled by the time of the flush.
+
+        A transposed one serves its caller only: later ops expect rows.
+        """
         if value in self.scope.buffers and not elem:
             return self.scope.buffers[value]
         elem = elem or value.type.elem
         if value in self.scope.buffers and self.scope.buffers[value].elem == elem:
             return self.scope.buffers[value]
-        target = self._allocate(elem, value.type.dims)
+        target = replace(self._allocate(elem, value.type.dims), transposed=transposed)
         op = self.analysis.definition.get(value)
         at = self.uses.position.get(op, -1) if op is not None else -1
         group = self.place(Sink("keep", None, (value,), value.type.dims, at, None, target, elem))
         self.flush(group)
-        if elem == value.type.elem:
+        if elem == value.type.elem and not transposed:
             self.scope.buffers[value] = target
         return target
 

@@ -48,10 +48,14 @@ template <class To, class From> AI as<From, To> cast(From v) {
   if constexpr (lanes<From> == 1) return (To)v;
 #if defined(__AVX512F__)
   // one instruction each; GCC 12 makes three or four of them
-  else if constexpr (sizeof(To) == 4 && sizeof(E<From>) == 2 && lanes<From> == 16 && (E<From>)-1 > 0) {
+  else if constexpr (sizeof(To) == 4 && sizeof(E<From>) == 2 && lanes<From> == 16 && (E<From>)-1 > 0 && (To)0.5 == 0) {
     V<To, 16> w; asm("vpmovzxwd %1,%0" : "=v"(w) : "v"(v)); return w;
   } else if constexpr (sizeof(To) == 2 && sizeof(E<From>) == 4 && lanes<From> == 16 && (To)0.5 == 0 && (E<From>)0.5 == 0) {
     V<To, 16> w; asm("vpmovdw %1,%0" : "=v"(w) : "v"(v)); return w;
+  } else if constexpr (sizeof(To) == 4 && sizeof(E<From>) == 1 && lanes<From> == 16 && (E<From>)-1 > 0 && (To)0.5 == 0) {
+    V<To, 16> w; asm("vpmovzxbd %1,%0" : "=v"(w) : "v"(v)); return w;
+  } else if constexpr (sizeof(To) == 1 && sizeof(E<From>) == 4 && lanes<From> == 16 && (E<From>)0.5 == 0) {
+    V<To, 16> w; asm("vpmovdb %1,%0" : "=v"(w) : "v"(v)); return w;
   }
 #endif
   // u8 -> 32 bit in one step becomes dozens of instructions in GCC 12; two steps do not

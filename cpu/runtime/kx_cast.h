@@ -7,6 +7,8 @@ namespace kx {
 template <class T> AI as<T, float> bf16_to_f32(T v) {
   return bits<as<T, float>>(cast<uint32_t>((U<T>)v) << 16);
 }
+// where the value has at most 8 digits, as every 8-bit float: nothing to round
+template <class T> AI as<T, uint16_t> top_half(T x) { return cast<uint16_t>(bits<U<T>>(x) >> 16); }
 template <class T> AI as<T, uint16_t> f32_to_bf16(T x) {
   auto u = bits<U<T>>(x);
 #if defined(__AVX512BF16__)

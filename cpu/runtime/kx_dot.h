@@ -99,6 +99,45 @@ static void block_fma(const T *a, int lda, const T *b, int ldb, T *c, int ldc, i
   KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) store<T, L>(c + i * ldc + j * L, s[i][j]);
 }
 
+// A few rows of A against rows of B: lanes run along K, so that B is read once and as it lies.
+// W sums at a time, each in the lanes of one register; `words` are pairs of bf16 or single floats.
+constexpr bool few_rows(int m, int n, int words) {
+  return m <= 16 && (m & (m - 1)) == 0 && words % W == 0 && n % (m >= 4 ? W / 4 : W / m) == 0;
+}
+AI fv few_step(fv c, uv a, uv b) { return dot2(c, a, b); }
+AI fv few_step(fv c, fv a, fv b) { return fma(a, b, c); }
+// lane i of the result is the sum of r[i]
+AI fv sum_each(fv *r) {
+  KX_UNROLL for (int h = W / 2; h >= 1; h /= 2) {
+    uv low, high;
+    KX_UNROLL for (int j = 0; j < W; j++) {
+      low[j] = (j & h) ? W + j - h : j;
+      high[j] = (j & h) ? W + j : j + h;
+    }
+    KX_UNROLL for (int i = 0; i < h; i++)
+      r[i] = __builtin_shuffle(r[i], r[i + h], low) + __builtin_shuffle(r[i], r[i + h], high);
+  }
+  return r[0];
+}
+template <class T, int M, int N, int WORDS> static void dot_few_rows(const T *a, const T *b, float *c) {
+  constexpr int MB = M >= 4 ? 4 : M, NB = W / MB;
+  for (int n = 0; n < N; n += NB)
+    for (int m = 0; m < M; m += MB) {
+      fv s[W]{};
+      for (int k = 0; k < WORDS; k += W) {
+        V<T, W> x[MB];
+        KX_UNROLL for (int i = 0; i < MB; i++) x[i] = load<T, W>(a + (m + i) * WORDS + k);
+        KX_UNROLL for (int j = 0; j < NB; j++) {
+          V<T, W> y = load<T, W>(b + (n + j) * WORDS + k);
+          KX_UNROLL for (int i = 0; i < MB; i++) s[i * NB + j] = few_step(s[i * NB + j], x[i], y);
+        }
+      }
+      fv sum = sum_each(s);
+      for (int i = 0; i < MB; i++)
+        for (int j = 0; j < NB; j++) c[(m + i) * N + n + j] += sum[i * NB + j];
+    }
+}
+
 // registers: 32 of 64 bytes (and on aarch64), 16 elsewhere
 #if KX_VECTOR_BYTES == 64 || defined(__aarch64__)
 constexpr int ROWS = 6, VECTORS = 4;
@@ -108,7 +147,9 @@ constexpr int ROWS = 3, VECTORS = 4;
 
 template <int M, int N, int K, bool TRANSPOSED>
 static void dot_bf16(const uint16_t *a, const uint16_t *b, float *c, int32_t *panels) {
-  if constexpr (K % 2 || N % W) {
+  if constexpr (TRANSPOSED && K % 2 == 0 && few_rows(M, N, K / 2)) {
+    dot_few_rows<uint32_t, M, N, K / 2>((const uint32_t *)a, (const uint32_t *)b, c);
+  } else if constexpr (K % 2 || N % W) {
     for (int i = 0; i < M; i++)
       for (int k = 0; k < K; k++) {
         float x = bf16_to_f32(a[i * K + k]);
@@ -131,7 +172,9 @@ static void dot_bf16(const uint16_t *a, const uint16_t *b, float *c, int32_t *pa
 template <class T, int M, int N, int K, bool TRANSPOSED>
 static void dot_fma(const T *a, const T *b, T *c, T *panels) {
   constexpr int L = KX_VECTOR_BYTES / sizeof(T);
-  if constexpr (N % L) {
+  if constexpr (TRANSPOSED && sizeof(T) == 4 && (T)0.5 != 0 && few_rows(M, N, K)) {
+    dot_few_rows<T, M, N, K>(a, b, c);
+  } else if constexpr (N % L) {
     for (int i = 0; i < M; i++)
       for (int k = 0; k < K; k++)
         for (int j = 0; j < N; j++) {

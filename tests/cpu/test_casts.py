@@ -111,3 +111,20 @@ def test_every_fp8_product(dtype):
     limit = torch.finfo(dtype).max
     want = (values.float()[:, None] * values.float()[None]).clamp(-limit, limit).to(dtype)
     assert same(out, want)
+
+
+@triton.jit
+def to_float_kernel(x, out, N: tl.constexpr):
+    at = tl.arange(0, N)
+    tl.store(out + at, tl.load(x + at).to(tl.float32))
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32, 64])
+@pytest.mark.parametrize("signed", ["u", ""])
+def test_integers_to_float(signed, bits):
+    dtype = getattr(torch, f"{signed}int{bits}")
+    # -1 becomes the largest unsigned number
+    x = torch.tensor([0, 1, 2, 100, 127, 2 ** (bits - 1) - 1, 3, -1] * 8).to(dtype)
+    out = torch.zeros(64)
+    to_float_kernel[(1,)](x, out, N=64)
+    assert torch.equal(out, x.float())

@@ -141,3 +141,43 @@ def test_microscaled_operands(form):
                         RIGHT="e4m3", PACK=2 if form == "e2m1" else 1)  # fmt: skip
     scale = [torch.exp2(s.float() - 127).repeat_interleave(32, 1) for s in (sa, sb)]
     assert torch.equal(out, (x * scale[0]) @ (y * scale[1].T))
+
+
+@triton.jit
+def few_rows_kernel(x, w, y, M, N, K, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                    TRANSPOSE: tl.constexpr):  # fmt: skip
+    m, n = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, K, BK):
+        inside = start + k < K
+        rows = (m[:, None] < M) & inside[None, :]
+        a = tl.load(x + m[:, None] * K + start + k[None, :], mask=rows, other=0.0)
+        if TRANSPOSE:
+            columns = (n[:, None] < N) & inside[None, :]
+            b = tl.load(w + n[:, None] * K + start + k[None, :], mask=columns, other=0.0)
+            sums = tl.dot(a, tl.trans(b.to(a.dtype)), sums, input_precision="ieee")
+        else:
+            columns = (n[None, :] < N) & inside[:, None]
+            b = tl.load(w + n[None, :] * K + start + k[:, None], mask=columns, other=0.0)
+            sums = tl.dot(a, b.to(a.dtype), sums, input_precision="ieee")
+    tl.store(y + m[:, None] * N + n[None, :], sums, mask=(m[:, None] < M) & (n[None, :] < N))
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 32])
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float8_e4m3fn)],
+    ids=["fp32", "bf16", "fp8"],
+)
+def test_few_rows_against_weights_that_lie_along_k(dtypes, rows, transpose):
+    """The error of a sum of 200 products in fp32, in any order, is below 200 ulp of their sizes."""
+    generator = torch.Generator().manual_seed(rows)
+    m, n, k = max(1, rows - 1), 77, 200
+    x = torch.randn(m, k, generator=generator).to(dtypes[0])
+    w = torch.randn(n, k, generator=generator).to(dtypes[1])
+    y = torch.full((m, n), float("nan"))
+    few_rows_kernel[(5,)](x, w, y, m, n, k, BM=rows, BN=16, BK=64, TRANSPOSE=transpose)
+    bound = 200 * 2.0**-24 * (x.double().abs() @ w.double().abs().T)
+    assert ((y.double() - x.double() @ w.double().T).abs() <= bound).all()
