@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dequantize import dequantize_fp8
+
 BLOCK = 128
 E4M3_MAX = 448.0
 
@@ -53,7 +55,7 @@ def quantize(weight: Tensor) -> Quantized:
 
 def dequantize(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
     """values x scale in float32, rounded once to `dtype`."""
-    return (values.float() * _expand(scale.float(), values.shape)).to(dtype)
+    return dequantize_fp8(values, scale.float(), dtype=dtype)
 
 
 class Fp8Linear(nn.Module):

@@ -6,10 +6,10 @@ Shape letters: N packed tokens, H hidden size, A heads, D head dimension.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.rmsnorm import rms_norm
+from ..kernels.swiglu import swiglu as fused_swiglu
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -52,9 +52,7 @@ def apply_rope(x_NAD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor, limit: float = 0.0) -> Tensor:
     """silu(gate) * up; with a limit > 0, gate is first clamped from above and up on both sides."""
-    if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return F.silu(gate) * up
+    return fused_swiglu(gate, up, limit=limit)
 
 
 class SwiGLU(nn.Module):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..kernels import gradient_norm as kernels
+from ..kernels.optimizer import adamw_step
 from .moe import Experts
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -44,7 +46,7 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:
     """Scale all gradients so that their joint norm is at most `limit`; returns the norm before."""
-    return nn.utils.clip_grad_norm_(parameters, limit)
+    return kernels.clip_gradients([p.grad for p in parameters if p.grad is not None], limit=limit)
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,13 @@ class MuonAdamW:
         for same_shape in stacks.values():
             for stack in _bounded(same_shape):
                 self._muon_step(stack, lr)
+        same_step: dict[tuple[int, bool], list[_Elements]] = {}
         for elements in self._adamw.values():
             if elements.parameter.grad is not None:
-                self._adamw_step(elements, elements.parameter.grad, lr)
+                elements.step.add_(1)
+                same_step.setdefault((int(elements.step), elements.decays), []).append(elements)
+        for (taken, decays), group in same_step.items():
+            self._adamw_step(group, taken, lr, self.weight_decay if decays else 0.0)
 
     def _muon_step(self, stack: list[_Matrices], lr: float) -> None:
         updates = []
@@ -151,16 +157,20 @@ class MuonAdamW:
             scale = 0.2 * math.sqrt(max(m.rows, m.columns))
             m.wide(m.parameter).add_(direction, alpha=-lr * scale)
 
-    def _adamw_step(self, p: _Elements, grad: Tensor, lr: float) -> None:
-        beta1, beta2 = self.betas
-        p.step.add_(1)
-        taken = int(p.step)
-        if p.decays:
-            p.parameter.mul_(1 - lr * self.weight_decay)
-        p.mean.lerp_(grad, 1 - beta1)
-        p.square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        deviation = p.square.sqrt().div_(math.sqrt(1 - beta2**taken)).add_(self.eps)
-        p.parameter.addcdiv_(p.mean, deviation, value=-lr / (1 - beta1**taken))
+    def _adamw_step(
+        self, group: list[_Elements], taken: int, lr: float, weight_decay: float
+    ) -> None:
+        adamw_step(
+            [p.parameter for p in group],
+            [p.parameter.grad for p in group if p.parameter.grad is not None],
+            [p.mean for p in group],
+            [p.square for p in group],
+            step=taken,
+            lr=lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=weight_decay,
+        )
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
