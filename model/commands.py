@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.table import Table
 from tokenizers import Tokenizer
@@ -109,16 +108,15 @@ def generate(
         seed=seed,
     )
     tokenizer = load_tokenizer(model, Config.from_hf(model))
-    ids = tokenizer.encode(text).ids
+    ids = tokenizer.encode(_checked_text(text)).ids
     network = load(model, dtype=ui.parse_dtype(dtype), device=str(ui.parse_device(device)))
-    sys.stdout.write(text)
     result = generation.generate(
         network.eval(),
         [ids],
         max_new_tokens=max_new_tokens,
         drafts=drafts,
         sampling=sampling,
-        on_tokens=_printer(tokenizer),
+        on_tokens=_printer(tokenizer, text),
     )
     stats = result.statistics
     print(
@@ -139,18 +137,31 @@ def generate(
     )
 
 
-def _printer(tokenizer: Tokenizer) -> Callable[[list[list[int]]], None]:
-    """Prints the new tokens of a single prompt as soon as they make whole characters."""
+def _printer(tokenizer: Tokenizer, prompt: str) -> Callable[[list[list[int]]], None]:
+    """Prints the prompt, then new tokens as soon as they make whole characters."""
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=True)
+    begun = False
 
     def show(new: list[list[int]]) -> None:
+        nonlocal begun
+        if not begun:
+            sys.stdout.write(prompt)
+            begun = True
         for token in new[0]:
             sys.stdout.write(stream.step(tokenizer, token) or "")
         sys.stdout.flush()
 
     return show
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the prompt is not UTF-8 text") from None
+    return text
 
 
 def _read_text(path: Path | None) -> str:
@@ -159,6 +170,8 @@ def _read_text(path: Path | None) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
 def train(
@@ -219,7 +232,6 @@ def demo(
     from .demo import DemoOptions, run_demo
 
     ui.check_writable(json)
-    torch.manual_seed(seed)
     options = DemoOptions(
         out=out, data=tuple(data or ()), minutes=minutes, drafts=drafts, tokens=tokens, seed=seed
     )

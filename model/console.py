@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ def check_writable(*paths: Path | None) -> None:
             raise ValueError(f"cannot write {path}: no such folder {parent}")
         if path.is_dir():
             raise ValueError(f"cannot write {path}: it is a folder")
+        _try_to_write(parent, f"cannot write {path}")
 
 
 def check_folder(path: Path) -> None:
@@ -57,8 +59,29 @@ def check_folder(path: Path) -> None:
     nearest = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
     if not nearest.is_dir():
         raise ValueError(f"cannot save in {path}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot save in {path}: no permission to write in {nearest}")
+    _try_to_write(nearest, f"cannot save in {path}")
+
+
+def _try_to_write(folder: Path, refusal: str) -> None:
+    # permissions alone do not tell: the file system may be read-only, or none that holds files
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{refusal}: {error.strerror} in {folder}") from None
+
+
+def check_memory(needed: int, purpose: str) -> None:
+    """Fail before the system ends the program. Raises ValueError."""
+    try:
+        installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return
+    if needed > installed:
+        raise ValueError(
+            f"{purpose} takes {needed / 2**30:,.1f} GiB of memory, this machine has "
+            f"{installed / 2**30:,.1f}"
+        )
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:
@@ -71,7 +94,8 @@ def parse_dtype(name: str | None) -> torch.dtype | None:
 
 def parse_device(name: str) -> torch.device:
     try:
-        return torch.empty(0, device=name).device
+        # reading a value back tells devices that hold none
+        return torch.empty(0, device=name).cpu().to(name).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"cannot use device {name!r}: {reason}") from None

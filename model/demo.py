@@ -16,14 +16,14 @@ from rich.console import Console
 from . import console as ui
 from .config import Config, ConfigError
 from .data import Windows, bigram_entropy
-from .generation import Generation, generate
+from .generation import MAX_DRAFTS, Generation, generate
 from .sampling import Sampling
 from .trainer import StepReport, Trainer, TrainSettings
 from .training_run import Corpus, export, read_data, train_with_progress, validation_loss
 from .transformer import KExaone
 
 PROMPT_TOKENS, PROMPTS, SAMPLED_TOKENS = 256, 4, 400
-NEWLINE = 10
+NEWLINE, MAX_TOKENS = 10, 100_000
 MIN_STEPS, MAX_STEPS = 20, 2000
 
 
@@ -41,18 +41,20 @@ class DemoOptions:
     def __post_init__(self) -> None:
         if not 0 < self.minutes < math.inf:
             raise ConfigError(f"minutes must be positive, got {self.minutes}")
-        if not 1 <= self.drafts <= 8:
-            raise ConfigError(f"drafts must lie in 1..8, got {self.drafts}")
-        if self.tokens < 1:
-            raise ConfigError(f"tokens must be >= 1, got {self.tokens}")
+        if not 1 <= self.drafts <= MAX_DRAFTS:
+            raise ConfigError(f"drafts must lie in 1..{MAX_DRAFTS}, got {self.drafts}")
+        if not 1 <= self.tokens <= MAX_TOKENS:
+            raise ConfigError(f"tokens must lie in 1..{MAX_TOKENS}, got {self.tokens}")
 
 
 def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
     """Everything the demo prints, returned for `--json`."""
     config = Config.preset("mini")
+    picture = options.out / "loss.png"
     ui.check_folder(options.out)
+    if picture.is_dir():
+        raise ConfigError(f"cannot write {picture}: it is a folder")
     corpus = read_data(options.data, config, None)
-    options.out.mkdir(parents=True, exist_ok=True)
     windows = Windows(corpus.train, 256, seed=options.seed)
     entropy = bigram_entropy(corpus.train, corpus.validation, vocab_size=config.vocab_size)
     settings = TrainSettings(
@@ -78,9 +80,9 @@ def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
         "validation_loss": loss,
         "bigram_entropy": entropy,
     }
-    picture = options.out / "loss.png"
-    draw_losses(reports, entropy, loss, picture)
+    # the model first: it is what took the time
     export(trainer.model, corpus.tokenizer, options.out / "model")
+    draw_losses(reports, entropy, loss, picture)
     terminal.print(
         f"trained at {result['training_tokens_per_second']:,.0f} tokens/s; validation loss "
         f"{loss or math.nan:.3f} nats per byte (byte bigram: {entropy:.3f})\n"

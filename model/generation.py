@@ -18,6 +18,9 @@ from .cache import Cache
 from .sampling import Sampling, draw, verify
 from .transformer import KExaone
 
+# as many as the largest of the released models was trained for; more are hardly ever accepted
+MAX_DRAFTS = 4
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -72,7 +75,7 @@ def generate(
     Args:
         prompts: int64 [B, T], or one list of token ids per prompt; lengths may differ.
         max_new_tokens: most tokens to add to each prompt.
-        drafts: MTP drafts per step; 0 decodes plainly. Greedy output does not depend on it,
+        drafts: MTP drafts per step, 0 (plain decoding) to 4. Greedy output does not depend on it,
             unless two logits lie closer than the rounding error of the model's dtype; sampled
             output keeps its distribution.
         sampling: how tokens are chosen; greedy if None.
@@ -82,7 +85,7 @@ def generate(
 
     Raises:
         ValueError: on an empty prompt, a token outside the vocabulary, a context too long for
-            the model, or drafts without an MTP block.
+            the model, drafts without an MTP block, or logits that are NaN or infinite.
     """
     run = _Run(model, _as_lists(prompts), max_new_tokens, drafts, sampling or Sampling(), chunk)
     stop = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
@@ -144,8 +147,8 @@ class _Run:
             raise ValueError("every prompt needs at least one token")
         if max_new < 1:
             raise ValueError(f"max_new_tokens must be >= 1, got {max_new}")
-        if drafts < 0:
-            raise ValueError(f"drafts must be >= 0, got {drafts}")
+        if not 0 <= drafts <= MAX_DRAFTS:
+            raise ValueError(f"drafts must lie in 0..{MAX_DRAFTS}, got {drafts}")
         if drafts and model.mtp is None:
             raise ValueError("drafts need an MTP block, and this model has none: use drafts=0")
         for prompt in prompts:
@@ -208,6 +211,9 @@ class _Run:
         self, logits: Tensor, rows: list[int], extra: Tensor | None = None
     ) -> Tensor:
         """Distributions for logits [R, V], after the drafts `extra` [R, n] if given."""
+        if not logits.isfinite().all():
+            kind = str(logits.dtype).removeprefix("torch.")
+            raise ValueError(f"the model's logits overflow {kind}: a wider dtype may help")
         if not self.sampling.presence_penalty:
             return self.sampling.probabilities(logits)
         seen = self.seen[rows]

@@ -16,8 +16,8 @@ class Sampling:
 
     temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary. presence_penalty is
     subtracted from the logit of every token that was already generated. Among equal logits the
-    lower index goes first. The same seed gives the same tokens on one device; None draws a fresh
-    seed.
+    lower index goes first. The same seed (0 .. 2^63 - 1) gives the same tokens on one device; None
+    draws a fresh seed.
 
     Raises ValueError if a value is out of range.
     """
@@ -39,6 +39,9 @@ class Sampling:
             raise ValueError(
                 f"presence_penalty must be finite in float32, got {self.presence_penalty}"
             )
+
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
 
     def generator(self, device: torch.device) -> torch.Generator:
         generator = torch.Generator(device)

@@ -28,6 +28,7 @@ from .transformer import KExaone
 
 MODEL, OPTIMIZER, TRAINER = "model", "optimizer.safetensors", "trainer.json"
 KEPT_CHECKPOINTS = 2
+MAX_RATE, MAX_PASS = 1e6, 1 << 24
 
 
 class TrainingError(ValueError):
@@ -81,6 +82,14 @@ class TrainSettings:
         ]:
             if getattr(self, name) < 0:
                 raise TrainingError(f"{name} must be >= 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "weight_decay"):
+            if getattr(self, name) > MAX_RATE:
+                raise TrainingError(f"{name} must be <= {MAX_RATE:g}, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise TrainingError(f"seed must be below 2^63, got {self.seed}")
+        tokens = self.batch_size * self.sequence_length
+        if tokens > MAX_PASS:
+            raise TrainingError(f"a pass of {tokens:,} tokens is too large: use accumulation")
         if self.sequence_length < 2:
             raise TrainingError(f"sequence_length must be >= 2, got {self.sequence_length}")
         if not 0 <= self.decay_fraction <= 1:

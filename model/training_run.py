@@ -91,6 +91,9 @@ def run_training(options: Options, terminal: Console) -> dict[str, Any]:
             f"sequences of {settings.sequence_length} tokens exceed the model's context of "
             f"{config.max_position_embeddings}"
         )
+    # weights, gradients and one running mean at least, in float32
+    size = config.parameter_counts()["total"]
+    ui.check_memory(12 * size, f"training {size:,} parameters")
     corpus = read_data(options.data, config, options.tokenizer or options.model)
     windows = Windows(corpus.train, settings.sequence_length, seed=settings.seed)
     trainer = _trainer(options, settings, config, windows)

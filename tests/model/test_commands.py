@@ -6,17 +6,21 @@ import dataclasses
 import json
 import os
 import resource
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from oracle import random_model, transformers_model
+from rich.control import strip_control_codes
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from kexaone import Config, KExaone
 from kexaone.__main__ import main
+from kexaone.model import demo, generation
 from kexaone.model.tokenizer import byte_tokenizer
+from kexaone.model.trainer import Trainer
 
 TEXT = (b"def add(first, second):\n    return first + second\n\n\n") * 200
 TINY = dataclasses.replace(Config.preset("mini"), windows=(8, 0), num_experts=8)
@@ -120,14 +124,17 @@ def test_train_resume_generate(run, text, tmp_path):
         assert code == 2 and err.count("\n") == 1
 
 
-def test_demo_writes_what_it_printed(run, tmp_path):
+def test_demo_writes_what_it_printed(run, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MIN_STEPS", 8)
     code, out, _ = run(
         "demo", "--out", tmp_path / "d", "--minutes", 0.02, "--tokens", 8,
-        "--json", tmp_path / "x.json",
+        "--json", tmp_path / "x.json", "--data", text,
     )  # fmt: skip
     written = json.loads((tmp_path / "x.json").read_text())
     assert code == 0
-    assert written["text"] in out and f"{written['validation_loss']:.3f}" in out
+    # a terminal is not sent control characters
+    assert strip_control_codes(written["text"]) in out
+    assert f"{written['validation_loss']:.3f}" in out
     assert f"{written['speedup']:.2f}x" in out and f"{written['bigram_entropy']:.3f}" in out
     assert written["losses"][-1][1] < written["losses"][0][1]
     assert (tmp_path / "d" / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -146,6 +153,17 @@ BAD = {
     "empty prompt": (["generate", "{model}", "--prompt", ""], "prompt"),
     "prompt too long": (["generate", "{model}", "--prompt-file", "{long}"], "context"),
     "negative drafts": (["generate", "{model}", "--prompt", "a", "--drafts", "-1"], "drafts"),
+    "too many drafts": (["generate", "{model}", "--prompt", "a", "--drafts", "5"], "0..4"),
+    "no new tokens": (["generate", "{model}", "--prompt", "a", "--max-new-tokens", "0"], ">= 1"),
+    "huge seed": (["generate", "{model}", "--prompt", "a", "--seed", str(2**70)], "seed"),
+    "prompt of no text": (["generate", "{model}", "--prompt", "\udcff"], "UTF-8"),
+    "prompt file is a folder": (["generate", "{model}", "--prompt-file", "{tmp}"], "directory"),
+    "prompt file of no text": (["generate", "{model}", "--prompt-file", "{binary}"], "UTF-8"),
+    "device without memory": (["generate", "{model}", "--prompt", "a", "--device", "meta"], "meta"),
+    "model is a file": (["generate", "{short}", "--prompt", "a"], "short"),
+    "json where nothing can be": (["info", "--json", "/proc/x.json"], "/proc"),
+    "out where nothing can be": (["train", "--out", "/proc/o", "--data", "{long}"], "/proc"),
+    "no context": (["info", "--context", "0"], "context"),
     "bad top-p": (["generate", "{model}", "--prompt", "a", "--top-p", "2"], "top_p"),
     "bad dtype": (["generate", "{model}", "--prompt", "a", "--dtype", "int8"], "dtype"),
     "bad device": (["generate", "{model}", "--prompt", "a", "--device", "tpu9"], "tpu9"),
@@ -157,29 +175,49 @@ BAD = {
     "no steps": (["train", "--out", "{tmp}/o", "--data", "{long}", "--steps", "0"], "steps"),
     "resume nothing": (["train", "--out", "{tmp}/o", "--data", "{long}", "--resume"], "resume"),
     "sequences too long": (
-        ["train", "--out", "{tmp}/o", "--data", "{long}", "--sequence-length", "9999999"],
+        ["train", "--out", "{tmp}/o", "--data", "{long}", "--sequence-length", "300000"],
         "context",
     ),
+    "endless rate": (
+        ["train", "--out", "{tmp}/o", "--data", "{long}", "--learning-rate", "1e300"],
+        "learning_rate",
+    ),
+    "huge training seed": (["train", "--out", "{tmp}/o", "--seed", str(2**70)], "seed"),
+    "pass too large": (["train", "--out", "{tmp}/o", "--batch-size", "1000000"], "accumulation"),
+    "more than fits": (
+        ["train", "--out", "{tmp}/o", "--preset", "k-exaone-236b", "--tokenizer", "{model}"],
+        "GiB of memory",
+    ),
+    "tokenizer missing": (["train", "--out", "{tmp}/o", "--tokenizer", "{tmp}"], "tokenizer.json"),
+    "data without a tokenizer": (["train", "--out", "{tmp}/o", "--preset", "mid"], "--tokenizer"),
     "demo data missing": (["demo", "--out", "{tmp}/o", "--data", "{tmp}/none"], "none"),
     "demo data empty": (["demo", "--out", "{tmp}/o", "--data", "{empty}"], "empty"),
     "demo data short": (["demo", "--out", "{tmp}/o", "--data", "{short}"], "too short"),
     "demo out is a file": (["demo", "--out", "{short}"], "short"),
     "demo minutes": (["demo", "--out", "{tmp}/o", "--minutes", "-1"], "minutes"),
     "demo drafts": (["demo", "--out", "{tmp}/o", "--drafts", "0"], "drafts"),
+    "demo tokens": (["demo", "--out", "{tmp}/o", "--tokens", "1000000000"], "tokens"),
+    "demo seed": (["demo", "--out", "{tmp}/o", "--data", "{long}", "--seed", "-1"], "seed"),
+    "demo where nothing can be": (["demo", "--out", "/proc/o"], "/proc"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_changes_nothing(run, checkpoint, tmp_path, case):
-    files = {"empty": b"", "short": b"abc", "long": b"x" * (TINY.max_position_embeddings + 1)}
+    files = {
+        "empty": b"",
+        "short": b"abc",
+        "binary": b"\xff\xfe",
+        "long": b"x" * (TINY.max_position_embeddings + 1),
+    }
     places = {"tmp": tmp_path, "model": checkpoint}
     for name, data in files.items():
         places[name] = tmp_path / f"{name}.txt"
         places[name].write_bytes(data)
     before = listing(tmp_path)
     arguments, reason = BAD[case]
-    code, _, err = run(*(a.format(**places) for a in arguments))
-    assert code == 2, err
+    code, out, err = run(*(a.format(**places) for a in arguments))
+    assert code == 2 and not out, err
     assert reason in err and err.count("\n") == 1 and "Traceback" not in err
     assert listing(tmp_path) == before
 
@@ -226,7 +264,53 @@ def test_no_arguments_show_help(run):
     assert code == 0 and "demo" in out and "generate" in out
 
 
-def test_output_that_is_closed_early_is_no_crash(checkpoint):
-    """As in `kexaone generate ... | head -c 1`."""
-    command = f"{sys.executable} -m kexaone generate {checkpoint} --prompt abc | head -c 1"
-    assert os.popen(f"({command}) 2>&1").read().count("Traceback") == 0
+@pytest.mark.parametrize("command", ["generate {} --prompt abc", "info", "--help"])
+def test_output_that_is_closed_early_is_one_line(checkpoint, command):
+    """As in `kexaone generate ... | head -c 1`, where the reader is gone at once."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [sys.executable, "-m", "kexaone", *command.format(checkpoint).split()]
+    done = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (2, "error: the output was closed before its end\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "not enough memory on the device"),
+    ],
+)
+def test_a_machine_that_is_too_small_is_one_line(run, checkpoint, monkeypatch, error, words):
+    def refuse(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(generation, "generate", refuse)
+    assert run("generate", checkpoint, "--prompt", "a") == (2, "", f"error: {words}\n")
+
+
+def test_a_fault_of_the_program_is_not_called_bad_input(run, checkpoint, monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(generation, "generate", fail)
+    with pytest.raises(RuntimeError, match="shapes"):
+        run("generate", checkpoint, "--prompt", "a")
+
+
+def test_interrupted_training_keeps_its_checkpoints(run, text, tmp_path, monkeypatch):
+    common = ["--out", tmp_path / "o", "--data", text, "--batch-size", 1, "--sequence-length", 16]
+    assert run("train", *common, "--steps", 1)[0] == 0
+    before = listing(tmp_path)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupt)
+        code, _, err = run("train", *common, "--steps", 2, "--resume")
+    assert (code, err) == (130, "interrupted\n")
+    assert listing(tmp_path) == before
+    assert run("train", *common, "--steps", 2, "--resume")[0] == 0

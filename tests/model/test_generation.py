@@ -373,7 +373,8 @@ def test_tensors_lists_and_the_method_give_the_same():
         ([[1, 61]], {}, "token 61 is outside the vocabulary of 61"),
         ([[-1]], {}, "token -1 is outside the vocabulary of 61"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
-        ([[1]], {"drafts": -1}, "drafts must be >= 0, got -1"),
+        ([[1]], {"drafts": -1}, r"drafts must lie in 0\.\.4, got -1"),
+        ([[1]], {"drafts": 5}, r"drafts must lie in 0\.\.4, got 5"),
         ([[1]], {"chunk": 0}, "chunk >= 1"),
         ([[1] * 60], {"max_new_tokens": 5}, "need a context of 65, the model has 64"),
     ],
@@ -383,6 +384,17 @@ def test_bad_requests_are_one_clear_line(prompts, options, words):
     with pytest.raises(ValueError, match=words) as caught:
         generate(model, prompts, **{"max_new_tokens": 3} | options)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_overflow_are_no_text(drafts, temperature):
+    model = random_model(small_config())
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.finfo(torch.float32).max)
+    with pytest.raises(ValueError, match="logits overflow float32"):
+        sampling = Sampling(temperature=temperature)
+        generate(model, [[1, 2]], max_new_tokens=3, drafts=drafts, sampling=sampling)
 
 
 def test_drafts_need_a_drafter():

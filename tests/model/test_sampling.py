@@ -173,6 +173,8 @@ def test_any_batch_shape_row_by_row_and_nothing_is_written_to_the_input(shape):
         ({"presence_penalty": math.inf}, "presence_penalty must be finite"),
         ({"presence_penalty": math.nan}, "presence_penalty must be finite"),
         ({"presence_penalty": -1e39}, "presence_penalty must be finite"),
+        ({"seed": -1}, r"seed must lie in 0\.\.2\^63-1, got -1"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_values_out_of_range(options, words):
