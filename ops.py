@@ -12,13 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.attention import attention as attention
+    from .kernels.balance import balance_statistics as balance_statistics
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
     from .kernels.dequantize import dequantize_fp8 as dequantize_fp8
     from .kernels.gradient_norm import clip_gradients as clip_gradients
     from .kernels.gradient_norm import gradient_norm as gradient_norm
+    from .kernels.grouping import group_by_expert as group_by_expert
     from .kernels.newton_schulz import newton_schulz as newton_schulz
     from .kernels.optimizer import adamw_step as adamw_step
+    from .kernels.permute import permute as permute
+    from .kernels.permute import unpermute as unpermute
     from .kernels.qk_norm_rope import qk_norm_rope as qk_norm_rope
     from .kernels.qk_norm_rope_cache import qk_norm_rope_cache as qk_norm_rope_cache
     from .kernels.qk_norm_rope_packed import qk_norm_rope_packed as qk_norm_rope_packed
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
     from .kernels.rmsnorm import rms_norm as rms_norm
     from .kernels.rmsnorm_fp8 import add_rms_norm_fp8 as add_rms_norm_fp8
     from .kernels.rmsnorm_fp8 import rms_norm_fp8 as rms_norm_fp8
+    from .kernels.route import route as route
     from .kernels.swiglu import swiglu as swiglu
     from .kernels.swiglu import swiglu_fp8 as swiglu_fp8
 
@@ -38,12 +43,15 @@ _HOMES = {
     "add_rms_norm": "rmsnorm",
     "add_rms_norm_fp8": "rmsnorm_fp8",
     "attention": "attention",
+    "balance_statistics": "balance",
     "clip_gradients": "gradient_norm",
     "dequantize_fp8": "dequantize",
     "gradient_norm": "gradient_norm",
+    "group_by_expert": "grouping",
     "linear_cross_entropy": "cross_entropy",
     "linear_cross_entropy_tokens": "cross_entropy",
     "newton_schulz": "newton_schulz",
+    "permute": "permute",
     "qk_norm_rope": "qk_norm_rope",
     "qk_norm_rope_cache": "qk_norm_rope_cache",
     "qk_norm_rope_packed": "qk_norm_rope_packed",
@@ -53,8 +61,10 @@ _HOMES = {
     "quantize_fp8_transposed": "quantize_tiles",
     "rms_norm": "rmsnorm",
     "rms_norm_fp8": "rmsnorm_fp8",
+    "route": "route",
     "swiglu": "swiglu",
     "swiglu_fp8": "swiglu",
+    "unpermute": "permute",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -48,7 +48,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     least = 1 if arch.is_cpu else 16
     tall = min(128 if arch.is_cpu else 64, max(least, triton.next_power_of_2(m)))
     found = []
-    for wide in (128, 64, 32):
+    # float32 tiles twice as wide leave no registers
+    for wide in (128, 64, 32) if narrow or arch.is_cpu else (64, 128, 32):
         wide = max(16, min(wide, triton.next_power_of_2(n)))
         step = 64 if narrow or arch.is_cpu else 32
         step = max(16, min(step, triton.next_power_of_2(k)))

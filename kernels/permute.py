@@ -44,7 +44,7 @@ def configs(columns: int, arch: Arch) -> list[Config]:
     if arch.is_cpu:
         return [Config(min(whole, 16_384), 4)]
     blocks = (2048, 1024, 4096, 512)
-    return [Config(min(whole, block), warps) for block in blocks for warps in (4, 8)]
+    return [Config(min(whole, block), warps) for block in blocks for warps in (8, 4)]
 
 
 def permute_reference(x_TH: Tensor, permutation: Permutation) -> Tensor:
