@@ -79,19 +79,22 @@ def split_type_section(text: str) -> tuple[str, str]:
 
 
 def take_braces(text: str) -> tuple[str, str]:
-    """Cut attribute dictionaries `{...}` and `<{...}>` out of an op line."""
-    found = []
-    while (m := re.search(r"<?\{", text)) is not None:
-        depth, at = 0, m.end() - 1
-        while True:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-            if depth == 0:
-                break
-            at += 1
-        found.append(text[m.end() : at])
-        end = at + 2 if m[0] == "<{" else at + 1
-        text = text[: m.start()] + text[end:]
-    return text, ", ".join(found)
+    """Cut attribute dictionaries `{...}` and `<{...}>` out of an op line, not of its strings."""
+    found, kept, depth, start = [], [], 0, 0
+    quoted = angled = False
+    for at, char in enumerate(text):
+        quoted ^= char == '"'
+        if quoted or char not in "{}":
+            continue
+        depth += 1 if char == "{" else -1
+        if char == "{" and depth == 1:
+            angled = text[start:at].endswith("<")
+            kept.append(text[start:at].removesuffix("<"))
+            start = at + 1
+        elif char == "}" and depth == 0:
+            found.append(text[start:at])
+            start = at + 2 if angled else at + 1
+    return "".join([*kept, text[start:]]), ", ".join(found)
 
 
 def result_names(text: str) -> list[str]:
@@ -291,7 +294,10 @@ class Parser:
         body, types = split_type_section(bare)
         attrs = parse_attributes(attr_text)
         if quoted := re.findall(r'"((?:[^"\\]|\\.)*)"', body):
-            attrs["text"] = quoted
+            # MLIR escapes by two hexadecimal digits
+            attrs["text"] = [
+                re.sub(r"\\([0-9A-F]{2})", lambda m: chr(int(m[1], 16)), t) for t in quoted
+            ]
             body = re.sub(r'"(?:[^"\\]|\\.)*"', "", body)
         if callee := re.search(r"@([\w.$]+)", body):
             attrs["callee"] = callee[1]

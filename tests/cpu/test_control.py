@@ -213,12 +213,12 @@ def test_functions_that_are_not_inlined():
 def assert_kernel(x):
     value = tl.load(x + tl.program_id(0))
     tl.device_assert(value < 3, "value is too large")
-    tl.device_print("value", value)
+    tl.device_print("value {of: x} -> loc(", value)
 
 
 def test_device_assert_raises_with_its_line(capfd):
     assert_kernel[(2,)](torch.tensor([1, 2]).int(), debug=True)
-    assert "value" in capfd.readouterr().out
+    assert "value {of: x} -> loc(: (operand 0) 1" in capfd.readouterr().out
     with pytest.raises(RuntimeError, match=r"test_control.py:\d+: .*value is too large"):
         assert_kernel[(2,)](torch.tensor([1, 5]).int(), debug=True)
 
