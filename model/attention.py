@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import ops
+from ..kernels.dispatch import choose
 from .cache import CacheView, LayerCache
 from .config import Config
 from .layers import RMSNorm, apply_rope
@@ -113,15 +115,57 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
     ) -> Tensor:
         heads = (len(x_NH), -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x_NH).view(heads))
-        k = self.k_norm(self.k_proj(x_NH).view(heads))
+        q, k = self.q_proj(x_NH).view(heads), self.k_proj(x_NH).view(heads)
         v = self.v_proj(x_NH).view(heads)
-        if self.rope:
-            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if cache is not None:
-            out = cached_attention(q, cache.append(k, v, packing), packing, window=self.window)
+        # without gradients one kernel norms, turns and writes the cache
+        if cache is not None and choose(q) != "reference" and not torch.is_grad_enabled():
+            q, view = self._append(q, k, v, packing, rope, cache)
+        else:
+            q, k = self._norm_rope(q, k, rope)
+            view = None if cache is None else cache.append(k, v, packing)
+        if view is not None:
+            out = cached_attention(q, view, packing, window=self.window)
         elif self.window:
             out = window_attention(q, k, v, packing, window=self.window)
         else:
             out = global_attention(q, k, v, packing)
         return self.o_proj(out.flatten(1))
+
+    def _norm_rope(
+        self, q_NAD: Tensor, k_NAD: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        if choose(q_NAD) == "reference":
+            q_NAD, k_NAD = self.q_norm(q_NAD), self.k_norm(k_NAD)
+            if self.rope:
+                q_NAD, k_NAD = apply_rope(q_NAD, *rope), apply_rope(k_NAD, *rope)
+            return q_NAD, k_NAD
+        cos, sin = self._tables(rope)
+        normed = ops.qk_norm_rope(
+            q_NAD, k_NAD, *self._weights(q_NAD), cos=cos, sin=sin, eps=self.q_norm.eps
+        )
+        return normed.q, normed.k
+
+    def _append(
+        self,
+        q_NAD: Tensor,
+        k_NAD: Tensor,
+        v_NAD: Tensor,
+        packing: Packing,
+        rope: tuple[Tensor, Tensor],
+        cache: LayerCache,
+    ) -> tuple[Tensor, CacheView]:
+        """Normed, turned queries and the cache with the new tokens in it."""
+        cache.make_room(packing)
+        cos, sin = self._tables(rope)
+        q_NAD = ops.qk_norm_rope_cache(
+            q_NAD, k_NAD, v_NAD, *self._weights(q_NAD), cache.keys, cache.values,
+            packing.rows, packing.positions, cos=cos, sin=sin, eps=self.q_norm.eps,
+        )  # fmt: skip
+        return q_NAD, cache.view(packing)
+
+    def _tables(self, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        return (rope[0].squeeze(1), rope[1].squeeze(1)) if self.rope else (None, None)
+
+    def _weights(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Norm weights in the dtype of the heads, which autocast may have lowered."""
+        return self.q_norm.weight.to(like.dtype), self.k_norm.weight.to(like.dtype)

@@ -55,13 +55,21 @@ class LayerCache:
 
     def append(self, keys_NAD: Tensor, values_NAD: Tensor, packing: Packing) -> CacheView:
         """Write the new tokens, then show what a query at or after them may look at."""
-        end = max(packing.ends)
-        if end > self.capacity and not self.ring:
-            self.reserve(max(end, self.capacity + self.capacity // 2))
+        self.make_room(packing)
         slots = packing.positions % self.capacity if self.ring else packing.positions
         self.keys[packing.rows, :, slots] = keys_NAD
         self.values[packing.rows, :, slots] = values_NAD
-        shown = self.capacity if self.ring else end
+        return self.view(packing)
+
+    def make_room(self, packing: Packing) -> None:
+        """Reserve what the new tokens need, or half as much again as there is if that is more."""
+        end = max(packing.ends)
+        if end > self.capacity and not self.ring:
+            self.reserve(max(end, self.capacity + self.capacity // 2))
+
+    def view(self, packing: Packing) -> CacheView:
+        """What a query at or after the new tokens, once written, may look at."""
+        shown = self.capacity if self.ring else max(packing.ends)
         return CacheView(
             self.keys[:, :, :shown], self.values[:, :, :shown], self._positions(packing, shown)
         )
