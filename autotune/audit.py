@@ -23,6 +23,7 @@ from .machine import MachineCode
 from .occupancy import occupancy
 from .traffic import WIDE, AccessCount, Traffic, measure
 
+_ELSEWHERE = ("", -1)
 _SIDES = {"load": ("load", "async", "bulk"), "store": ("store", "bulk")}
 
 
@@ -82,8 +83,7 @@ class Report:
 class Subject:
     """A launch to judge, and what is known about it.
 
-    `useful_bytes` are those an ideal kernel would move; None: what it touches of its tensors, each
-    byte once.
+    `useful_bytes` are those an ideal kernel would move; None: to be found from its accesses.
     """
 
     op: str
@@ -167,18 +167,21 @@ def _integers(launch: Launch) -> dict[str, int]:
 
 
 def _useful(subject: Subject, traffic: Traffic | None) -> int:
-    """What it touches of its tensors: no more than their sizes, nor than what it asks for."""
+    """What it reads of its tensors, once, and what it writes, once.
+
+    That is no more than their sizes, nor than what it asks for.
+    """
     if subject.useful_bytes is not None:
         return subject.useful_bytes
     sizes = subject.launch.sizes
-    if traffic is None:
+    if traffic is None or not traffic.exact:
         return sum(sizes.values())
-    wanted = dict.fromkeys(sizes, 0.0 if traffic.exact else float("inf"))
     tensors = subject.launch.tensors
+    wanted: dict[tuple[int, str], float] = defaultdict(float)
     for access in traffic.accesses.values():
-        if access.argument in tensors and traffic.exact:
-            wanted[storage_of(tensors[access.argument])] += access.wanted
-    return int(sum(min(size, wanted[storage]) for storage, size in sizes.items()))
+        if access.argument in tensors:
+            wanted[storage_of(tensors[access.argument]), access.kind] += access.wanted
+    return round(sum(min(sizes[storage], size) for (storage, _), size in wanted.items()))
 
 
 def _contents(subject: Subject) -> dict[str, np.ndarray]:
@@ -188,20 +191,29 @@ def _contents(subject: Subject) -> dict[str, np.ndarray]:
 
 
 def _widths(traffic: Traffic, code: MachineCode, arch: Arch) -> tuple[Width, ...]:
-    """Each source line that accesses memory, with the narrowest instruction made from it."""
-    lines: dict[tuple[str, tuple[str, int]], list[AccessCount]] = defaultdict(list)
-    for access in traffic.accesses.values():
-        if access.kind in _SIDES and access.times:
-            lines[access.kind, access.where].append(access)
+    """Each source line that accesses memory, with the narrowest instruction made from it.
+
+    The compiler gives some instructions another line of the same loop: what is left over on either
+    side is taken together.
+    """
+    threads = code.warps * arch.warp_size
     found = []
-    for (kind, where), accesses in lines.items():
-        made = [WIDE if a.kind == "bulk" else a.bytes for a in code.accesses
-                if a.where == where and a.kind in _SIDES[kind]]  # fmt: skip
-        if made:
-            threads = code.warps * arch.warp_size
+    for kind, sides in _SIDES.items():
+        made: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for access in code.accesses:
+            if access.kind in sides:
+                made[access.where].append(WIDE if access.kind == "bulk" else access.bytes)
+        lines: dict[tuple[str, int], list[AccessCount]] = defaultdict(list)
+        for access in traffic.accesses.values():
+            if access.kind == kind and access.times:
+                lines[access.where if access.where in made else _ELSEWHERE].append(access)
+        left = [size for where, sizes in made.items() if where not in lines for size in sizes]
+        for where, accesses in lines.items():
+            sizes = left if where == _ELSEWHERE else made[where]
             possible = all(a.wide and a.elements * a.size >= WIDE * threads for a in accesses)
             names = "+".join(sorted({a.argument for a in accesses if a.argument}))
-            found.append(Width(names, kind, where[1], min(made), possible))
+            if sizes:
+                found.append(Width(names, kind, accesses[0].where[1], min(sizes), possible))
     return tuple(found)
 
 

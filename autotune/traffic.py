@@ -215,9 +215,10 @@ class _Walk:
             unique = np.unique(live)
             moved = np.unique(unique // SECTOR).size * SECTOR
             wanted = unique.size * size
-            # whole aligned pieces only; a tail that fills no piece is let off
-            pieces = np.unique(unique // WIDE).size * WIDE
-            record.wide &= pieces <= wanted + WIDE
+            # whole aligned pieces; one tail that begins a piece and does not fill it is let off
+            pieces, first = np.unique(unique // WIDE, return_index=True)
+            starts = bool((unique[first] % WIDE == 0).all())
+            record.wide &= starts and pieces.size * WIDE <= wanted + WIDE
         record.moved += float(moved) * self.weight
         record.wanted += float(wanted) * self.weight
         return addresses

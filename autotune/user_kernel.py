@@ -102,8 +102,8 @@ def user_launch(
         )
         if param.name in other or (param.name not in pool and not param.has_default):
             raise ValueError(f"{where}: parameter {param.name} needs {option} {param.name}=...")
-    names = {param.name for param in kernel.params}
-    if strange := sorted(set(given | fixed) - names):
+    names = [param.name for param in kernel.params]
+    if strange := sorted(set(given | fixed).difference(names)):
         raise ValueError(f"{where} has no parameter {strange[0]}; it has {', '.join(names)}")
     try:
         sizes = tuple(int(g) for g in grid.split(","))
