@@ -1,7 +1,7 @@
 """A fused AdamW step over many tensors in one launch, in place.
 
     p = p (1 - lr decay)
-    m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2
+    m = m + (1 - b1) (g - m),  v = b2 v + (1 - b2) g^2
     p = p - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
 All in float32, each of p, m and v rounded once to its own dtype; every element is read and written
@@ -43,10 +43,12 @@ def adamw_reference(
 
 @triton.jit
 def _update(
-    p_N, g_N, m_N, v_N, at, mask, keep, beta1, rest1, beta2, rest2, lr, correction, eps
+    p_N, g_N, m_N, v_N, at, mask, keep, share, beta2, rest2, lr, correction, eps
 ):  # fmt: skip
     g = tl.load(g_N + at, mask=mask).to(tl.float32)
-    m = tl.load(m_N + at, mask=mask).to(tl.float32) * beta1 + g * rest1
+    m = tl.load(m_N + at, mask=mask).to(tl.float32)
+    # from the nearer end, in one rounding: mean and gradient may cancel
+    m = tl.fma(g - m, share, tl.where(share > 0, m, g))
     v = tl.load(v_N + at, mask=mask).to(tl.float32) * beta2 + g * g * rest2
     p = tl.load(p_N + at, mask=mask).to(tl.float32) * keep
     p -= lr * tl.div_rn(m, tl.sqrt_rn(v) * correction + eps)
@@ -57,7 +59,7 @@ def _update(
 
 @triton.jit
 def _kernel(
-    rows_L5, chunks_C2, keep, beta1, rest1, beta2, rest2, lr, correction, eps,
+    rows_L5, chunks_C2, keep, share, beta2, rest2, lr, correction, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
@@ -68,10 +70,9 @@ def _kernel(
     for step in range(STEPS):
         at = start + step * BLOCK + tl.arange(0, BLOCK)
         if whole:
-            _update(p, g, m, v, at, None, keep, beta1, rest1, beta2, rest2, lr, correction, eps)
+            _update(p, g, m, v, at, None, keep, share, beta2, rest2, lr, correction, eps)
         else:
-            _update(p, g, m, v, at, at < count, keep, beta1, rest1, beta2, rest2, lr, correction,
-                    eps)  # fmt: skip
+            _update(p, g, m, v, at, at < count, keep, share, beta2, rest2, lr, correction, eps)
 
 
 def _adamw(
@@ -86,8 +87,9 @@ def _adamw(
         p, g, m, v = (TYPES[tensors[0].dtype] for tensors in part)
         with on(first):
             _kernel[(len(table.chunks_C2),)](
-                table.rows_LA, table.chunks_C2, 1 - lr * weight_decay, beta1, 1 - beta1,
-                beta2, 1 - beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
+                table.rows_LA, table.chunks_C2, 1 - lr * weight_decay,
+                1 - beta1 if beta1 > 0.5 else -beta1, beta2, 1 - beta2,
+                lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
                 P=p, G=g, M=m, V=v, ALIGNED=table.aligned,
                 BLOCK=config.block, STEPS=config.steps, num_warps=config.num_warps,
             )  # fmt: skip

@@ -37,7 +37,9 @@ def swiglu_reference(gate: Tensor, up: Tensor | None = None, *, limit: float = 0
     if up is None:
         gate, up = gate.chunk(2, dim=-1)
     if limit > 0:
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        # not clamp, whose gradient at the limit itself differs between versions of torch
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
     return F.silu(gate) * up
 
 

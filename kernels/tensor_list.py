@@ -44,7 +44,7 @@ class Config:
 def configs(problem: None, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        return [Config(4096, 4, 4)]
+        return [Config(1024, 16, 4)]
     found = [Config(*c) for c in itertools.product((512, 1024, 2048, 4096), (4, 1, 2, 8), (4, 8))]
     found = [config for config in found if feasible(config, arch)]
     return sorted(found, key=lambda c: abs(c.block - 8 * c.num_warps * arch.warp_size))
