@@ -88,7 +88,8 @@ def _table(
 
 def _upload(x: Tensor, device: torch.device) -> Tensor:
     """`x` on the device, without waiting for it."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
 
 
 def same_kind(lists: Sequence[Sequence[Tensor]]) -> list[list[list[Tensor]]]:
