@@ -29,6 +29,7 @@ from . import attention_backward
 from .arch import Arch
 from .attention_tiles import (
     EVERYTHING,
+    LOG2E,
     Problem,
     check_packed,
     find_block,
@@ -45,8 +46,6 @@ from .attention_tiles import (
 from .dispatch import choose
 from .launch import empty, on, register
 from .tables import pick
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,26 @@ def attention_reference(
     """Attention with all N x M scores in memory, in the dtype of its inputs."""
     starts_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     group = q.shape[1] // k.shape[1]
-    sequence, place = _places(cu_seqlens, len(q))
-    sequence_k, key = _places(starts_k, len(k))
-    position = place + (starts_k.diff() - cu_seqlens.diff())[sequence]
-    seen = (sequence[:, None] == sequence_k) & (key <= position[:, None])
-    if window:
-        seen &= key > position[:, None] - window
+    seen = visible_reference(cu_seqlens, starts_k, len(q), len(k), window)
     k, v = (x.repeat_interleave(group, 1).transpose(0, 1) for x in (k, v))
     scores = q.transpose(0, 1) @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores.masked_fill(~seen, -float("inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), -1)
-    out = scores.softmax(-1)[..., : len(key)] @ v
+    out = scores.softmax(-1)[..., : k.shape[1]] @ v
     lse = scores.logsumexp(-1).T
     return AttentionOutput(out.transpose(0, 1), lse.to(torch.promote_types(q.dtype, torch.float32)))
+
+
+def visible_reference(
+    starts: Tensor, starts_k: Tensor, queries: int, keys: int, window: int
+) -> Tensor:
+    """Which of M keys each of N queries sees, [N, M]."""
+    sequence, place = _places(starts, queries)
+    sequence_k, key = _places(starts_k, keys)
+    position = place + (starts_k.diff() - starts.diff())[sequence]
+    seen = (sequence[:, None] == sequence_k) & (key <= position[:, None])
+    return seen & (key > position[:, None] - window) if window else seen
 
 
 def _places(starts: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -136,12 +141,12 @@ def _step(q, k_MGD, v_MGD, first, start, high, position, window, scale, k_stride
     key = start + tl.arange(0, KEYS)
     live = key < high if MASKED else key >= 0
     k = load_rows(k_MGD, first + key, k_stride, live, D, WIDTH)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
     if MASKED:
         seen = visible(position[:, None], key[None, :], window)
         scores = tl.where(seen, scores, -float("inf"))
     v = load_rows(v_MGD, first + key, v_stride, live, D, WIDTH)
-    return fold(scores, v, top, total, acc, GUARD)
+    return fold(scores, v, scale, top, total, acc, GUARD)
 
 
 @triton.jit(do_not_specialize=["sequences", "window"])
@@ -212,7 +217,7 @@ def forward(
     sinks: Tensor | None, window: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output [N, A, D] and log of the denominator [N, A]."""
-    starts_k = check_packed(q, k, v, cu_seqlens, cu_seqlens_k, sinks, window)
+    starts_k = check_packed(q, k, v, cu_seqlens, cu_seqlens_k, sinks, window, scale)
     tokens, heads, head_dim = q.shape
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out = empty(tokens, heads, head_dim, like=q)
@@ -265,25 +270,25 @@ def attention(
     """Causal attention within each of B packed sequences; differentiable in q, k, v and sinks.
 
     Args:
-        q: [N, A, D] float32, bfloat16 or float16, any strides; D one of 32, 64, 96, 128, 256.
-            float64 runs the reference.
+        q: [N, A, D] float32, bfloat16 or float16, any strides; D at most 256. float64
+            runs the reference.
         k, v: [M, G, D], A a multiple of G: query head a reads key head a // (A / G).
         cu_seqlens: int32 [B + 1], ascending from 0 to N: sequence b is tokens
             cu_seqlens[b] .. cu_seqlens[b + 1] - 1. Empty sequences are allowed.
         cu_seqlens_k: the same for keys, where they are more than queries: each sequence's queries
             are then its last positions. None: M = N, and every sequence brings its own keys.
         window: keys that a query sees, itself included; 0: all up to itself.
-        scale: of q k; 1 / sqrt(D) if None.
+        scale: of q k, positive; 1 / sqrt(D) if None.
         sinks: [A], a logit per head that joins the denominator.
 
     Returns:
         `out` [N, A, D] and `lse` [N, A]; both carry gradients.
 
     Raises:
-        ValueError: shapes or dtypes do not fit together, or window is negative.
+        ValueError: shapes or dtypes do not fit together, window is negative, scale not positive.
     """
     if choose(q) == "reference":
-        check_packed(q, k, v, cu_seqlens, cu_seqlens_k, sinks, window)
+        check_packed(q, k, v, cu_seqlens, cu_seqlens_k, sinks, window, scale)
         return attention_reference(
             q, k, v, sinks, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, window=window,
             scale=scale,

@@ -26,6 +26,7 @@ from torch import Tensor
 from .arch import Arch
 from .attention_tiles import (
     EVERYTHING,
+    LOG2E,
     Problem,
     find_block,
     load_heads,
@@ -40,8 +41,6 @@ from .attention_tiles import (
 )
 from .launch import empty, on, register
 from .tables import pick
-
-LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @dataclass(frozen=True)
@@ -101,8 +100,8 @@ def _dq_step(q, grad, lse, delta, k_MGD, v_MGD, first, start, high, position, wi
     live = key < high if MASKED else key >= 0
     k = load_rows(k_MGD, first + key, k_stride, live, D, WIDTH)
     v = load_rows(v_MGD, first + key, v_stride, live, D, WIDTH)
-    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-    p = tl.exp2(scores - lse[:, None])
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(tl.fma(scores, scale, -lse[:, None]) * LOG2E)
     if MASKED:
         p = tl.where(visible(position[:, None], key[None, :], window), p, 0.0)
     dp = tl.dot(grad, tl.trans(v), input_precision="ieee")
@@ -139,7 +138,7 @@ def _dq_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
     delta -= tl.load(lse_grad_NA + at, mask=live, other=0.0)
     tl.store(delta_NA + at, delta, mask=live)
-    lse = tl.load(lse_NA + at, mask=live, other=0.0) * LOG2E
+    lse = tl.load(lse_NA + at, mask=live, other=0.0)
     k_MGD += kv_head * k_head_stride
     v_MGD += kv_head * v_head_stride
 
@@ -155,13 +154,13 @@ def _dq_kernel(
         for block in range(first_full, end_full):
             acc = _dq_step(
                 q, grad, lse, delta, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position,
-                window, scale * LOG2E, k_stride, v_stride, acc, False, D, WIDTH, KEYS,
+                window, scale, k_stride, v_stride, acc, False, D, WIDTH, KEYS,
             )  # fmt: skip
     for edge in range(0, blocks - (end_full - first_full)):
         block = tl.where(edge < first_full, edge, edge + end_full - first_full)
         acc = _dq_step(
             q, grad, lse, delta, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position,
-            window, scale * LOG2E, k_stride, v_stride, acc, True, D, WIDTH, KEYS,
+            window, scale, k_stride, v_stride, acc, True, D, WIDTH, KEYS,
         )  # fmt: skip
     store_rows(dq_NAD, at, D, acc * scale, live, D, WIDTH)
 
@@ -179,10 +178,10 @@ def _dkv_step(k, v, q_NAD, grad_NAD, lse_NA, delta_NA, first, place, length, beh
     token = first + token
     q = load_heads(q_NAD, token, head, q_stride, q_head_stride, live, D, WIDTH)
     grad = load_heads(grad_NAD, token, head, grad_stride, grad_head_stride, live, D, WIDTH)
-    lse = tl.load(lse_NA + token * HEADS + head, mask=live, other=0.0) * LOG2E
+    lse = tl.load(lse_NA + token * HEADS + head, mask=live, other=0.0)
     delta = tl.load(delta_NA + token * HEADS + head, mask=live, other=0.0)
-    scores = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-    p = tl.exp2(scores - lse[None, :])
+    scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.exp2(tl.fma(scores, scale, -lse[None, :]) * LOG2E)
     if MASKED:
         p = tl.where(visible(position[None, :], key[:, None], window), p, 0.0)
     dv = tl.dot(p.to(grad.dtype), grad, dv, input_precision="ieee")
@@ -226,14 +225,14 @@ def _dkv_kernel(
         for block in range(first_full, end_full):
             dk, dv = _dkv_step(
                 k, v, q_NAD, grad_NAD, lse_NA, delta_NA, first, begin + block * TOKENS, length,
-                behind, key, window, scale * LOG2E, kv_head, q_stride, q_head_stride, grad_stride,
+                behind, key, window, scale, kv_head, q_stride, q_head_stride, grad_stride,
                 grad_head_stride, dk, dv, False, HEADS, GROUP, D, WIDTH, TOKENS, ROWS,
             )  # fmt: skip
     for edge in range(0, blocks - (end_full - first_full)):
         block = tl.where(edge < first_full, edge, edge + end_full - first_full)
         dk, dv = _dkv_step(
             k, v, q_NAD, grad_NAD, lse_NA, delta_NA, first, begin + block * TOKENS, length,
-            behind, key, window, scale * LOG2E, kv_head, q_stride, q_head_stride, grad_stride,
+            behind, key, window, scale, kv_head, q_stride, q_head_stride, grad_stride,
             grad_head_stride, dk, dv, True, HEADS, GROUP, D, WIDTH, TOKENS, ROWS,
         )  # fmt: skip
     at = (start_k + key) * (HEADS // GROUP) + kv_head

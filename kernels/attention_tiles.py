@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .launch import require
 
-HEAD_DIMS = (32, 64, 96, 128, 256)
+MAX_HEAD_DIM = 256
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 EVERYTHING = 2**31 - 1
 """The window of a global layer: more than any position."""
 
@@ -69,14 +70,14 @@ def visible(position, key, window):
 
 
 @triton.jit
-def fold(scores, values, top, total, acc, GUARD: tl.constexpr):
-    """One step of the online softmax: scores in units of log 2, -inf for what is not visible.
+def fold(scores, values, scale, top, total, acc, GUARD: tl.constexpr):
+    """One step of the online softmax: `scale` turns scores into logarithms to base 2.
 
-    GUARD: a row may have seen nothing so far.
+    GUARD: a row may have seen nothing so far; what is not visible has score -inf.
     """
-    higher = tl.maximum(top, tl.max(scores, 1))
+    higher = tl.maximum(top, tl.max(scores, 1) * scale)
     base = tl.where(higher == -float("inf"), 0.0, higher) if GUARD else higher
-    p = tl.exp2(scores - base[:, None])
+    p = tl.exp2(tl.fma(scores, scale, -base[:, None]))
     shrink = tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision="ieee")
@@ -99,7 +100,7 @@ def problem_of(q: Tensor, kv_heads: int, window: int) -> Problem:
 
 def width(head_dim: int) -> int:
     """Columns of a tile that holds rows of `head_dim` elements."""
-    return triton.next_power_of_2(head_dim)
+    return max(16, triton.next_power_of_2(head_dim))
 
 
 def tokens_of(rows: int, group: int) -> int:
@@ -117,15 +118,19 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
-def check_heads(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int) -> None:
+def check_heads(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, window: int, scale: float | None
+) -> None:
     """Raises ValueError for inputs that no attention op takes. Heads are the second dimension."""
     heads, head_dim = q.shape[1], q.shape[2]
     require(k.shape == v.shape and k.shape[-1] == head_dim,
             f"keys and values must have one shape and q's head dimension {head_dim}, got "
             f"{tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
-    require(head_dim in HEAD_DIMS, f"head dimension must be one of {HEAD_DIMS}, got {head_dim}")
+    require(0 < head_dim <= MAX_HEAD_DIM,
+            f"head dimension must be 1 to {MAX_HEAD_DIM}, got {head_dim}")  # fmt: skip
     require(sinks is None or sinks.shape == (heads,), f"sinks must be [{heads}]")
     require(window >= 0, f"window must be 0 (everything) or positive, got {window}")
+    require(scale is None or scale > 0, f"scale must be positive, got {scale}")
 
 
 def check_starts(name: str, starts: Tensor) -> None:
@@ -136,12 +141,12 @@ def check_starts(name: str, starts: Tensor) -> None:
 
 def check_packed(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
-    sinks: Tensor | None, window: int,
+    sinks: Tensor | None, window: int, scale: float | None,
 ) -> Tensor:  # fmt: skip
     """Where each sequence's keys start. Raises ValueError for inputs that do not fit together."""
     require(q.dim() == 3 and k.dim() == 3, f"q, k and v must be [tokens, heads, head dimension], "
             f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}")  # fmt: skip
-    check_heads(q, k, v, sinks, window)
+    check_heads(q, k, v, sinks, window, scale)
     require(k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
             f"{q.shape[1]} query heads must be a multiple of {k.shape[1]} key heads")  # fmt: skip
     require(q.dtype == k.dtype == v.dtype, "q, k and v must have one dtype")
