@@ -27,6 +27,7 @@ from .locations import Locations, split_location
 _NAME = r"%[\w.$-]+(?::\d+)?"
 # results: one name, one name for several (`%r:2`), or one name each (`%low, %high`)
 _OP = re.compile(rf'^(?:({_NAME}(?:, {_NAME})*) = )?"?([a-z_]\w*\.[\w.]+)"?\s*(.*)$', re.S)
+_SYMBOL = re.compile(r'@([\w.$]+|"[^"]+")')
 _SSA = re.compile(r"%[\w.$-]+(?:#\d+)?")
 _BLOCK = re.compile(r"^\^(\w+)(?:\((.*)\))?:")
 _KEYED = re.compile(r"\b(\w+) = ([\w.#<>, =]+?)(?=\s|,|$)")
@@ -142,9 +143,9 @@ class Parser:
 
     def _function(self) -> Function:
         line = self._next()
-        name = re.search(r"@([\w.$]+|\"[^\"]+\")", line.text)
+        name = _SYMBOL.search(line.text)
         assert name is not None
-        open_at = line.text.index("(")
+        open_at = line.text.index("(", name.end())
         close_at = _matching(line.text, open_at)
         scope = _Scope()
         arguments, divisibility = [], []
@@ -162,7 +163,7 @@ class Parser:
         body = self._region(scope, ())
         self._next()
         return Function(
-            name[1], tuple(arguments), tuple(divisibility), tuple(results), body,
+            name[1].strip('"'), tuple(arguments), tuple(divisibility), tuple(results), body,
             " public " in line.text, line.location,
         )  # fmt: skip
 
@@ -293,14 +294,15 @@ class Parser:
         bare, attr_text = take_braces(rest)
         body, types = split_type_section(bare)
         attrs = parse_attributes(attr_text)
+        if name == "tt.call" and (callee := _SYMBOL.search(body)):
+            attrs["callee"] = callee[1].strip('"')
+            body = body.replace(callee[0], "", 1)
         if quoted := re.findall(r'"((?:[^"\\]|\\.)*)"', body):
             # MLIR escapes by two hexadecimal digits
             attrs["text"] = [
                 re.sub(r"\\([0-9A-F]{2})", lambda m: chr(int(m[1], 16)), t) for t in quoted
             ]
             body = re.sub(r'"(?:[^"\\]|\\.)*"', "", body)
-        if callee := re.search(r"@([\w.$]+)", body):
-            attrs["callee"] = callee[1]
         operands = tuple(scope[s] for s in _SSA.findall(body))
         words = _SSA.sub("", body)
         for key, value in _KEYED.findall(words):
