@@ -20,11 +20,14 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..kernels.grouping import Permutation, group_by_expert_reference
+from ..kernels.quantize import QuantizedRows
 from .capture import storage_of
 
 T, H, WIDTH, E, K = 8192, 6144, 2048, 128, 8
 QUERIES, KEYS, HEAD = 64, 8, 128
 VOCABULARY = 153_600
+FP8 = torch.float8_e4m3fn
 
 
 class Builder:
@@ -125,6 +128,83 @@ def _cross_entropy(op: Callable[..., Any]) -> Callable[[Builder], None]:
     return call
 
 
+def _grouping(b: Builder, tokens: int) -> Permutation:
+    """Tokens spread evenly over the experts."""
+    ids = (torch.arange(tokens * K) * 37 % E).view(tokens, K)
+    found = group_by_expert_reference(ids, experts=E)
+    return Permutation(b.data(found.offsets), b.data(found.order), b.data(found.position))
+
+
+def _permute(b: Builder) -> None:
+    train(ops.permute(b.floats(T, H), _grouping(b, T)))
+
+
+def _unpermute(b: Builder) -> None:
+    weights = b.floats(T, K, dtype=torch.float32)
+    train(ops.unpermute(b.floats(T * K, H), _grouping(b, T), weights))
+
+
+def _route(b: Builder) -> None:
+    bias = b.floats(E, dtype=torch.float32).detach()
+    out = ops.route(b.floats(T, H), b.floats(E, H), bias, top_k=K, scaling=2.5)
+    train(*(t for t in tensors(out) if t.is_floating_point()))
+
+
+def _grouped_gemm(tokens: int) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        found = _grouping(b, tokens)
+        train(ops.grouped_gemm(b.floats(tokens * K, H), b.floats(E, WIDTH, H), found.offsets))
+
+    return call
+
+
+def _moe_experts(tokens: int) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        found, weights = _grouping(b, tokens), b.floats(tokens, K, dtype=torch.float32)
+        gate_up, down = b.floats(E, 2 * WIDTH, H), b.floats(E, H, WIDTH)
+        train(ops.moe_experts(b.floats(tokens, H), gate_up, down, weights, found.offsets,
+                              found.order))  # fmt: skip
+
+    return call
+
+
+def _float8(b: Builder, *shape: int, block: int = 128) -> QuantizedRows:
+    """float8 values with scales of `block` x 128, no gradient."""
+    *outer, rows, columns = shape
+    scales = b.floats(*outer, -(-rows // block), -(-columns // 128), dtype=torch.float32).detach()
+    return QuantizedRows(b.floats(*outer, rows, columns).detach().to(FP8), scales)
+
+
+def _attention(window: int) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        q, k, _, _ = _heads(b)
+        starts = b.data(torch.tensor([0, T], dtype=torch.int32))
+        out = ops.attention(q, k, b.floats(T, KEYS, HEAD), cu_seqlens=starts, window=window)
+        train(out.out)
+
+    return call
+
+
+def _attention_decode(window: int) -> Callable[[Builder], None]:
+    sequences, slots = 64, 256 if window else T
+
+    def call(b: Builder) -> None:
+        keys, values = (b.floats(sequences, KEYS, slots, HEAD).detach() for _ in range(2))
+        each = torch.arange(sequences + 1, dtype=torch.int32)
+        ops.attention_decode(
+            b.floats(sequences, QUERIES, HEAD).detach(), keys, values, longest=1, window=window,
+            lengths=b.data(torch.full((sequences,), T, dtype=torch.int32)), cu_seqlens=b.data(each),
+        )  # fmt: skip
+
+    return call
+
+
+def _adamw(b: Builder) -> None:
+    weight, gradient = b.floats(8192, H).detach(), b.floats(8192, H).detach()
+    means, squares = (b.floats(8192, H, dtype=torch.float32).detach() for _ in range(2))
+    ops.adamw_step([weight], [gradient], [means], [squares], step=1, lr=1e-4)
+
+
 CASES = (
     Case("rms_norm", f"{T} x {H}", _rms_norm),
     Case("add_rms_norm", f"{T} x {H}", _add_rms_norm),
@@ -142,4 +222,36 @@ CASES = (
          _cross_entropy(lambda *a: ops.linear_cross_entropy(*a))),
     Case("linear_cross_entropy_tokens", f"{T} x {H} x {VOCABULARY}",
          _cross_entropy(lambda *a: ops.linear_cross_entropy_tokens(*a))),
+    Case("swiglu", f"{T} x {WIDTH}", lambda b: train(ops.swiglu(b.floats(T, WIDTH),
+                                                                b.floats(T, WIDTH)))),
+    Case("swiglu", f"{T} x {WIDTH}, one tensor", lambda b: train(ops.swiglu(
+        b.floats(T, 2 * WIDTH)))),
+    Case("swiglu_fp8", f"{T} x {WIDTH}", lambda b: ops.swiglu_fp8(b.floats(T, 2 * WIDTH)),
+         fp8=True),
+    Case("quantize_fp8", f"{T} x {H}", lambda b: ops.quantize_fp8(b.floats(T, H)), fp8=True),
+    Case("quantize_fp8_blocks", f"{T} x {H}", lambda b: ops.quantize_fp8_blocks(b.floats(T, H)),
+         fp8=True),
+    Case("quantize_fp8_transposed", f"{T} x {H}",
+         lambda b: ops.quantize_fp8_transposed(b.floats(T, H)), fp8=True),
+    Case("quantize_fp8_both", f"{T} x {H}", lambda b: ops.quantize_fp8_both(b.floats(T, H)),
+         fp8=True),
+    Case("dequantize_fp8", f"{T} x {H}", lambda b: ops.dequantize_fp8(
+        *tensors(_float8(b, T, H, block=1))), fp8=True),
+    Case("route", f"{T} tokens", _route),
+    Case("group_by_expert", f"{T} tokens", lambda b: ops.group_by_expert(
+        b.data(torch.arange(T * K).view(T, K) * 37 % E), experts=E)),
+    Case("permute", f"{T} tokens", _permute),
+    Case("unpermute", f"{T} tokens", _unpermute),
+    Case("grouped_gemm", f"{T} tokens", _grouped_gemm(T)),
+    Case("grouped_gemm", "64 tokens", _grouped_gemm(64)),
+    Case("moe_experts", f"{T} tokens", _moe_experts(T)),
+    Case("moe_experts", "64 tokens", _moe_experts(64)),
+    Case("attention", f"{T} tokens, window 128", _attention(128)),
+    Case("attention", f"{T} tokens", _attention(0)),
+    Case("attention_decode", f"64 x {T}, window 128", _attention_decode(128)),
+    Case("attention_decode", f"64 x {T}", _attention_decode(0)),
+    Case("newton_schulz", f"{E} x {WIDTH} x {H}",
+         lambda b: ops.newton_schulz(b.floats(E, WIDTH, H).detach())),
+    Case("adamw_step", f"8192 x {H}", _adamw),
+    Case("gradient_norm", f"8192 x {H}", lambda b: ops.gradient_norm([b.floats(8192, H).detach()])),
 )  # fmt: skip
