@@ -59,8 +59,7 @@ def greedy(model: KExaone, prompt: list[int], count: int, penalty: float = 0.0) 
 
 
 def until(tokens: list[int], stop: tuple[int, ...]) -> list[int]:
-    end = next((i for i, t in enumerate(tokens) if t in stop), len(tokens))
-    return tokens[: end + 1]
+    return tokens[: next((i for i, t in enumerate(tokens) if t in stop), len(tokens)) + 1]
 
 
 def counting_model() -> KExaone:
@@ -374,7 +373,7 @@ def test_tensors_lists_and_the_method_give_the_same():
         ([[-1]], {}, "token -1 is outside the vocabulary of 61"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens must be >= 1, got 0"),
         ([[1]], {"drafts": -1}, r"drafts must lie in 0\.\.4, got -1"),
-        ([[1]], {"drafts": 5}, r"drafts must lie in 0\.\.4, got 5"),
+        ([[1]], {"drafts": 5}, "got 5"),
         ([[1]], {"chunk": 0}, "chunk >= 1"),
         ([[1] * 60], {"max_new_tokens": 5}, "need a context of 65, the model has 64"),
     ],
@@ -386,15 +385,12 @@ def test_bad_requests_are_one_clear_line(prompts, options, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_logits_that_overflow_are_no_text(drafts, temperature):
-    model = random_model(small_config())
-    with torch.no_grad():
-        model.lm_head.weight.fill_(torch.finfo(torch.float32).max)
+@pytest.mark.parametrize("options", [{}, {"drafts": 2}, {"sampling": Sampling(temperature=1)}])
+def test_logits_that_overflow_are_no_text(options):
+    model = counting_model()
+    torch.nn.init.constant_(model.lm_head.weight, torch.finfo(torch.float32).max)
     with pytest.raises(ValueError, match="logits overflow float32"):
-        sampling = Sampling(temperature=temperature)
-        generate(model, [[1, 2]], max_new_tokens=3, drafts=drafts, sampling=sampling)
+        generate(model, [[1, 2]], max_new_tokens=3, **options)
 
 
 def test_drafts_need_a_drafter():
