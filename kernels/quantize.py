@@ -41,9 +41,8 @@ def scales_reference(amax: Tensor, *, power_of_two: bool = False) -> tuple[Tenso
     if not power_of_two:
         # a number divided by a tensor would be its reciprocal times the number: two roundings
         return scale, torch.full_like(amax, LARGEST) / amax
-    # the next power of two: clear the mantissa, carry into the exponent
-    bits = scale.view(torch.int32)
-    scale = torch.where(bits & 0x7FFFFF != 0, (bits | 0x7FFFFF) + 1, bits).view(torch.float32)
+    # the next power of two: carry a mantissa into the exponent, then clear it
+    scale = ((scale.view(torch.int32) + 0x7FFFFF) & ~0x7FFFFF).view(torch.float32)
     return scale, 1 / scale
 
 
@@ -55,8 +54,7 @@ def scales_of(amax, POWER_OF_TWO: tl.constexpr):
     scale = tl.math.div_rn(amax, largest)
     if POWER_OF_TWO:
         bits = scale.to(tl.int32, bitcast=True)
-        bits = tl.where((bits & 0x7FFFFF) != 0, (bits | 0x7FFFFF) + 1, bits)
-        scale = bits.to(tl.float32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & ~0x7FFFFF).to(tl.float32, bitcast=True)
         return scale, tl.math.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
     return scale, tl.math.div_rn(largest, amax)
 
