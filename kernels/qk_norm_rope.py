@@ -59,7 +59,7 @@ def configs(dim: int, arch: Arch) -> list[Config]:
     """Candidates for heads of `dim` elements, the default first."""
     if arch.is_cpu:
         # programs cost next to nothing here, and many short sums are more exact than few long ones
-        return [Config(rows, 256, 4) for rows in (16, 8, 32, 64)]
+        return [Config(rows, 256, 4) for rows in (8, 4, 16, 32)]
     found = [
         Config(rows, programs * arch.processors, warps)
         for rows in (4, 8, 16, 32, 64)
