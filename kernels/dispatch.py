@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 IMPLEMENTATIONS = ("reference", "aten", "triton")
+LAUNCH_BOUND = 2**20
+"""Multiplications that a processor does in about the time of two kernel launches."""
 
 
 class _Scope:
@@ -69,25 +71,41 @@ _MISSING = _triton_missing()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)
 
 
-def choose(x: Tensor, *, aten: bool = False) -> str:
+def choose(x: Tensor, *, aten: bool = False, work: int | None = None) -> str:
     """The implementation for an op on `x`; `aten` says whether the op has one of that name.
 
-    `x` is the op's first floating-point tensor, or its integers where it has no other.
+    `x` is the op's first floating-point tensor, or its integers where it has no other. `work` is
+    its multiplications, for an op that runs in plain PyTorch where they are few (see `explain`).
     """
     override = _scope.override
     if override is not None and override != "triton":
         return "aten" if override == "aten" and aten else "reference"
-    return "reference" if _obstacle(x) else "triton"
+    return "reference" if _obstacle(x) or (override is None and _small(x, work)) else "triton"
 
 
-def explain(x: Tensor, *, aten: bool = False) -> Choice:
+def explain(x: Tensor, *, aten: bool = False, work: int | None = None) -> Choice:
     """`choose` with its reason."""
     asked = "asked for by kexaone.impl"
-    name = choose(x, aten=aten)
+    name = choose(x, aten=aten, work=work)
     if name != "triton" and _scope.override not in (None, "triton"):
         return Choice(name, asked)
     default = "the default for its dtype and device"
-    return Choice(name, _obstacle(x) or (asked if _scope.override else default))
+    obstacle = _obstacle(x)
+    if name != "triton" and not obstacle:
+        return Choice(
+            name, f"{work} multiplications on a CPU are less than launching kernels costs"
+        )
+    return Choice(name, obstacle or (asked if _scope.override else default))
+
+
+def _small(x: Tensor, work: int | None) -> bool:
+    """Whether launching kernels would cost more than plain PyTorch.
+
+    A compiled graph takes the kernels for every size: a choice by size would compile it twice.
+    """
+    if work is None or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return work <= LAUNCH_BOUND
 
 
 def _obstacle(x: Tensor) -> str:

@@ -48,14 +48,16 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     least = 1 if arch.is_cpu else 16
     tall = min(128 if arch.is_cpu else 64, max(least, triton.next_power_of_2(m)))
     found = []
-    # float32 tiles twice as wide leave no registers
-    for wide in (128, 64, 32) if narrow or arch.is_cpu else (64, 128, 32):
+    # products in float32 take registers: narrower tiles, more threads
+    few = narrow or arch.is_cpu
+    for wide in (128, 64, 32) if few else (64, 128, 32):
         wide = max(16, min(wide, triton.next_power_of_2(n)))
-        step = 64 if narrow or arch.is_cpu else 32
+        step = 64 if few else 32
         step = max(16, min(step, triton.next_power_of_2(k)))
         tiles = max(1, triton.cdiv(m, tall) * triton.cdiv(n, wide))
         pieces = max(1, min(arch.processors * (1 if arch.is_cpu else 2) // tiles, k // (4 * step)))
-        found += [Config(tall, wide, step, pieces, not arch.is_cpu, w, 3) for w in (4, 8)]
+        for warps in (4, 8) if few else (8, 4):
+            found.append(Config(tall, wide, step, pieces, not arch.is_cpu, warps, 3))
     return found
 
 
@@ -77,9 +79,13 @@ def few_rows_configs(k: int, arch: Arch) -> list[FewRowsConfig]:
 
 @triton.jit
 def _matmul_kernel(
-    a_MK, b_KN, out_SMN, M, N, K, part, a_m, a_k, b_k, b_n,
+    a_MK, b_KN, out_SMN, M, N, K, part, a_m, a_k, b_k, b_n, zero,
     SAME: tl.constexpr, THREE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Each step is summed on its own and then joins the total: one long chain would round worse.
+
+    `zero` is 0; of a constant one the compiler would make that chain.
+    """
     piece = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     column = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
@@ -89,22 +95,24 @@ def _matmul_kernel(
     total = tl.zeros([BM, BN], tl.float32)
     for start in range(piece * part, tl.minimum(K, (piece + 1) * part), BK):
         at = start + inner
-        a = tl.load(a_MK + at[None, :] * a_k, mask=(row[:, None] < M) & (at[None, :] < K), other=0)
-        b = tl.load(
-            b_KN + at[:, None] * b_k, mask=(at[:, None] < K) & (column[None, :] < N), other=0
-        )
+        mask = at < K
+        a = tl.load(a_MK + at[None, :] * a_k, mask=(row[:, None] < M) & mask[None, :], other=0)
+        b = tl.load(b_KN + at[:, None] * b_k, mask=mask[:, None] & (column[None, :] < N), other=0)
+        partial = tl.full([BM, BN], zero, tl.float32)
         if SAME:
-            total = tl.dot(a, b, total, input_precision="ieee")
+            partial = tl.dot(a, b, partial, input_precision="ieee")
         elif THREE:
             high = a.to(tl.bfloat16)
             rest = a - high.to(tl.float32)
             middle = rest.to(tl.bfloat16)
             low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(low, b, total)
-            total = tl.dot(middle, b, total)
-            total = tl.dot(high, b, total)
+            partial = tl.dot(low, b, partial)
+            partial = tl.dot(middle, b, partial)
+            partial = tl.dot(high, b, partial)
         else:
-            total = tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision="ieee")
+            wide = b.to(tl.float32)
+            partial = tl.dot(a.to(tl.float32), wide, partial, input_precision="ieee")
+        total += partial
     out_SMN += (piece * M + row[:, None]) * N + column[None, :]
     mask = (row[:, None] < M) & (column[None, :] < N)
     tl.store(out_SMN, total.to(out_SMN.dtype.element_ty), mask=mask)
@@ -146,7 +154,7 @@ def matmul_parts(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tens
     if out.numel():
         with on(a):
             _matmul_kernel[(triton.cdiv(m, config.m), triton.cdiv(n, config.n), pieces)](
-                a, b, out, m, n, k, part, *a.stride(), *b.stride(), SAME=same, THREE=three,
+                a, b, out, m, n, k, part, *a.stride(), *b.stride(), 0.0, SAME=same, THREE=three,
                 BM=config.m, BN=config.n, BK=config.k,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

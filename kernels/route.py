@@ -250,6 +250,8 @@ def route(
 ) -> Routed:  # fmt: skip
     """Scores every expert for every token and chooses `top_k`; differentiable in x and weight.
 
+    A few tokens on a CPU run the reference, which is launched faster (`dispatch.LAUNCH_BOUND`).
+
     Args:
         x_TH: [T, H] float32, bfloat16 or float16, any strides; float64 runs the reference.
         weight_EH: [E, H], any of these dtypes.
@@ -261,7 +263,7 @@ def route(
     Raises:
         ValueError: the shapes do not fit, or top_k is out of range.
     """
-    if choose(x_TH) == "reference":
+    if choose(x_TH, work=x_TH.numel() * weight_EH.shape[0]) == "reference":
         return route_reference(
             x_TH, weight_EH, bias_E, top_k=top_k, scaling=scaling, normalize=normalize
         )

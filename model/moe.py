@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.route import route
 from .config import Config
 from .fp8 import dequantize
 from .layers import SwiGLU, swiglu
@@ -53,15 +54,9 @@ class Router(nn.Module):
         return self
 
     def forward(self, x_TH: Tensor) -> Routing:
-        dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        scores = F.linear(x_TH.to(dtype), self.weight.to(dtype)).sigmoid()
-        biased = (scores + self.e_score_correction_bias).detach()
-        # a stable sort, because topk leaves the order of ties open
-        ids = biased.sort(dim=-1, descending=True, stable=True).indices[:, : self.top_k]
-        weights = scores.gather(1, ids)
-        if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(scores, ids, weights * self.scaling)
+        routed = route(x_TH, self.weight, self.e_score_correction_bias, top_k=self.top_k,
+                       scaling=self.scaling, normalize=self.normalize)  # fmt: skip
+        return Routing(routed.scores_TE, routed.ids_TK, routed.weights_TK)
 
 
 class Experts(nn.Module):

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kexaone
-from kexaone.kernels import balance, matmul_fp32
+from kexaone.kernels import balance, dispatch, matmul_fp32
 from kexaone.kernels import route as op
 from kexaone.kernels.tables import use
 
@@ -25,11 +25,17 @@ from .contract import (
 )
 
 token_counts = st.sampled_from([0, 1, 2, 8, 33, 130])
-experts_and_choices = st.sampled_from([(5, 2), (32, 8), (60, 16), (128, 8), (300, 6)])
+experts_and_choices = st.sampled_from([(5, 2), (60, 16), (128, 8), (300, 6)])
 dtype_pairs = st.sampled_from(
     [(a, a) for a in DTYPES]
     + [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)]
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def kernels_at_every_size():
+    with kexaone.impl("triton"):
+        yield
 
 
 def inputs(tokens, hidden, experts, dtype, layout="contiguous", seed=0, weight_dtype=None):
@@ -66,7 +72,9 @@ def check_routing(data, top_k, seed, *, normalize=True, scaling=2.5):
     routed = op.route(*data, bias, **keywords)
     ids, _ = op.select_reference(routed.scores_TE, bias, **keywords)
     assert torch.equal(routed.ids_TK, ids)
-    check(ours, with_ids(ids, bias, scaling, normalize), data)
+    # an expert's gradient from few tokens hangs on the roundings of as many scores: luck either way
+    by = 0 if len(data[0]) >= 8 else None
+    check(ours, with_ids(ids, bias, scaling, normalize), data, by=by)
 
 
 @given(tokens=token_counts, shape=experts_and_choices, dtype=dtype_pairs, seed=seeds,
@@ -88,6 +96,13 @@ def test_other_tiles(dtype, pieces, three):
     config = matmul_fp32.Config(16, 32, 32, pieces, three, 4, 3)
     with use("matmul_fp32", config):
         check_routing(inputs(33, 200, 40, dtype[0], weight_dtype=dtype[1]), 4, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_rows_of_the_large_model(tokens, dtype):
+    """The longer the sums are, the more their order matters."""
+    check_routing(inputs(tokens, 6144, 128, dtype), 8, 0)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -221,6 +236,16 @@ def test_reference_is_used_when_asked_and_for_float64():
     assert wide.scores_TE.dtype == wide.weights_TK.dtype == torch.float64
     found = balance.balance_statistics(wide.scores_TE, wide.ids_TK, sequences=1)
     assert found.shares_BE.dtype == torch.float64
+
+
+def test_few_tokens_on_a_cpu_launch_no_kernel(monkeypatch):
+    x = torch.ones(2, 1024)
+    assert dispatch.choose(x, work=2 * 1024 * 32) == "triton"
+    monkeypatch.setattr(dispatch._scope, "override", None)
+    assert dispatch.choose(x, work=2 * 1024 * 32) == "reference"
+    assert dispatch.choose(x, work=64 * 1024 * 32) == dispatch.choose(x) == "triton"
+    reason = dispatch.explain(x, work=2 * 1024 * 32).reason
+    assert reason == "65536 multiplications on a CPU are less than launching kernels costs"
 
 
 def test_wrong_arguments_are_refused():
