@@ -3,7 +3,8 @@
 A kernel fails that does not compile, spills registers, does not fit into a processor, or accesses
 memory by less than 16 bytes a thread where 16 are possible. Possible means: each time the access
 was executed it covered whole aligned 16-byte pieces, and the tile has that much for every thread.
-Both sides meet at the source line, which the IR and the machine code keep.
+Both sides meet at the source line, which the IR and the machine code keep; as instructions may be
+given another line, the narrow ones are also counted over the whole kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +30,11 @@ _SIDES = {"load": ("load", "async", "bulk"), "store": ("store", "bulk")}
 
 @dataclass(frozen=True)
 class Width:
-    """Accesses through one argument: bytes per thread of the narrowest, and whether 16 can be."""
+    """Accesses of one line, by argument, and whether they can be 16 bytes wide.
+
+    `bytes` is 16 where there are enough instructions of that width for those that can be, else the
+    width of the narrowest.
+    """
 
     argument: str
     kind: str
@@ -131,11 +136,12 @@ def judge(subject: Subject, compiled: Compiled) -> Report:
     traffic = measure(compiled.ttir, _integers(launch), launch.grid, _contents(subject))
     held = occupancy(arch, registers=code.registers, shared=code.shared, warps=max(1, code.warps))
     widths = _widths(traffic, code, arch) if traffic else ()
+    lost = _unexplained(traffic, code, arch) if traffic else {}
     executed = _executed(code, traffic) if traffic else None
     useful, flops = _useful(subject, traffic), traffic.flops if traffic else None
     total = executed and executed * code.warps * launch.programs
     return Report(
-        **known, problems=tuple(_problems(code, held.programs, widths, subject)), code=code,
+        **known, problems=tuple(_problems(code, held.programs, widths, lost, subject)), code=code,
         occupancy=held.fraction, limit=held.limit, useful_bytes=useful, flops=flops,
         moved_per_useful=traffic.moved / useful if traffic and useful else None,
         instructions_per_kib=total / useful * 1024 if total and useful else None,
@@ -145,7 +151,11 @@ def judge(subject: Subject, compiled: Compiled) -> Report:
 
 
 def _problems(
-    code: MachineCode, programs: int, widths: Sequence[Width], subject: Subject
+    code: MachineCode,
+    programs: int,
+    widths: Sequence[Width],
+    lost: Mapping[str, int],
+    subject: Subject,
 ) -> Iterator[str]:
     if code.spilled:
         yield f"spills {code.spilled} bytes per thread"
@@ -154,9 +164,14 @@ def _problems(
     elif not programs:
         yield f"{code.warps} warps of {code.registers} registers do not fit a processor"
     for width in widths:
-        if width.possible and width.bytes < WIDE and width.argument not in subject.narrow:
+        least = _least(width.kind, code, subject.arch)
+        if width.possible and width.bytes < least and width.argument not in subject.narrow:
             verb = "loaded" if width.kind == "load" else "stored"
             yield f"{width.argument} is {verb} by {width.bytes} bytes (line {width.line})"
+            lost = {k: n for k, n in lost.items() if k != width.kind}
+    for kind, count in lost.items():
+        if not subject.narrow:
+            yield f"{count} narrow {kind}s more than its narrow accesses explain"
 
 
 def _integers(launch: Launch) -> dict[str, int]:
@@ -164,6 +179,36 @@ def _integers(launch: Launch) -> dict[str, int]:
     values = {n: t.data_ptr() for n, t in launch.tensors.items()}
     known = {n: v for n, v in launch.arguments.items() if n not in launch.unknown}
     return values | {n: int(v) for n, v in known.items() if isinstance(v, int)}
+
+
+def _least(kind: str, code: MachineCode, arch: Arch) -> int:
+    """Bytes per thread that a wide access has at least."""
+    # four numbers of an MFMA accumulator are neighbours: in 16 bits a lane stores 8 bytes at once
+    return 8 if arch.backend == "hip" and code.mma and kind == "store" else WIDE
+
+
+def _unexplained(traffic: Traffic, code: MachineCode, arch: Arch) -> dict[str, int]:
+    """How many narrow instructions of each kind no access calls for that has to be narrow.
+
+    An instruction moves at least one element, and a compiler makes up to four of one by unrolling
+    and pipelining.
+    """
+    threads, lost = code.warps * arch.warp_size, {}
+    for kind, sides in _SIDES.items():
+        least = _least(kind, code, arch)
+        made = [a.bytes for a in code.accesses if a.kind in sides and 0 < a.bytes < least]
+        narrow = [a for a in traffic.accesses.values() if a.kind == kind and not _able(a, threads)]
+        smallest = min((a.size for a in narrow), default=WIDE)
+        copies = 4 * sum(-(-a.elements // threads) for a in narrow)
+        count = max(sum(size < smallest for size in made), len(made) - copies)
+        if count > 0:
+            lost[kind] = count
+    return lost
+
+
+def _able(access: AccessCount, threads: int) -> bool:
+    """Whether an access can be 16 bytes wide in each thread."""
+    return access.wide and access.elements * access.size >= WIDE * threads
 
 
 def _useful(subject: Subject, traffic: Traffic | None) -> int:
@@ -210,10 +255,13 @@ def _widths(traffic: Traffic, code: MachineCode, arch: Arch) -> tuple[Width, ...
         left = [size for where, sizes in made.items() if where not in lines for size in sizes]
         for where, accesses in lines.items():
             sizes = left if where == _ELSEWHERE else made[where]
-            possible = all(a.wide and a.elements * a.size >= WIDE * threads for a in accesses)
-            names = "+".join(sorted({a.argument for a in accesses if a.argument}))
+            able = [a for a in accesses if _able(a, threads)]
+            needed = sum(a.elements * a.size // (WIDE * threads) for a in able)
+            enough = sum(size >= WIDE for size in sizes) >= needed > 0
+            names = "+".join(sorted({a.argument for a in able or accesses if a.argument}))
             if sizes:
-                found.append(Width(names, kind, accesses[0].where[1], min(sizes), possible))
+                smallest = WIDE if enough else min(sizes)
+                found.append(Width(names, kind, accesses[0].where[1], smallest, bool(able)))
     return tuple(found)
 
 

@@ -49,14 +49,18 @@ class Launch:
 
     @property
     def sizes(self) -> dict[int, int]:
-        """Bytes of each piece of memory it is given, by storage; an expanded row counts once."""
-        sizes: dict[int, int] = {}
+        """Bytes of each piece of memory it is given, by storage; an expanded row counts
+        once, two views that begin apart as two."""
+        views: dict[int, dict[int, int]] = {}
+        most: dict[int, int] = {}
         for tensor in self.tensors.values():
             spread = [n for n, s in zip(tensor.shape, tensor.stride(), strict=True) if s]
             size = math.prod(spread) * tensor.element_size() if tensor.numel() else 0
             storage = storage_of(tensor)
-            sizes[storage] = max(sizes.get(storage, 0), size)
-        return sizes
+            most[storage] = tensor.untyped_storage().nbytes()
+            of_storage = views.setdefault(storage, {})
+            of_storage[tensor.data_ptr()] = max(of_storage.get(tensor.data_ptr(), 0), size)
+        return {s: min(most[s], sum(of_storage.values())) for s, of_storage in views.items()}
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -83,6 +83,13 @@ def test_alignment_decides_the_width():
     assert not shifted.problems
 
 
+def test_narrow_accesses_are_found_beside_wide_ones():
+    n = 1 << 20
+    found = report(kernels.clamped, (512,), floats(n), floats(n), n, BLOCK=2048)
+    assert found.code.widths("load") == {4: 16, 16: 4}
+    assert len(found.problems) == 1 and "load" in found.problems[0]
+
+
 def test_integers_are_folded_like_the_hardware_does():
     from kexaone.autotune.integers import _BINARY
 
