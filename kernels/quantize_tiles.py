@@ -94,11 +94,10 @@ def _tile_kernel(
     x_BRC += batch * x_batch_stride
     x = tl.load(x_BRC + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     values_BRC += batch * R * C + row * C + column
-    if TURNED:
-        to = (h * 128 + tl.arange(0, 128)).to(tl.int64)[:, None]
-        along = (g * 128 + tl.arange(0, 128))[None, :]
-        turned_mask = (to < C) & (along < R)
-        turned_BCR += batch * R * C + to * R + along
+    to = (h * 128 + tl.arange(0, 128)).to(tl.int64)[:, None]
+    along = (g * 128 + tl.arange(0, 128))[None, :]
+    turned_mask = (to < C) & (along < R)
+    turned_BCR += batch * R * C + to * R + along
     if BLOCKS:
         scale, factor = scales_of(tl.max(tl.max(tl.abs(x), 1), 0), POWER_OF_TWO)
         values = (x * factor).to(tl.float8e4nv)
