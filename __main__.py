@@ -9,6 +9,7 @@ from typing import cast
 import typer
 
 from .autotune import commands as tuning
+from .bench import commands as measuring
 from .model import commands
 
 INTERRUPTED = 130
@@ -16,7 +17,14 @@ INTERRUPTED = 130
 UsageError = cast("type[typer.BadParameter]", typer.BadParameter.__bases__[0])
 
 app = typer.Typer(help="K-EXAONE: train, generate, inspect.", add_completion=False)
-for command in (commands.demo, commands.train, commands.generate, commands.info, tuning.audit):
+for command in (
+    commands.demo,
+    commands.train,
+    commands.generate,
+    commands.info,
+    measuring.bench,
+    tuning.audit,
+):
     app.command()(command)
 
 
