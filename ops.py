@@ -16,9 +16,15 @@ if TYPE_CHECKING:
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
     from .kernels.dequantize import dequantize_fp8 as dequantize_fp8
+    from .kernels.experts import moe_experts as moe_experts
+    from .kernels.experts_fp8 import moe_experts_fp8 as moe_experts_fp8
     from .kernels.gradient_norm import clip_gradients as clip_gradients
     from .kernels.gradient_norm import gradient_norm as gradient_norm
+    from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
+    from .kernels.grouped_gemm_fp8 import grouped_gemm_fp8 as grouped_gemm_fp8
     from .kernels.grouping import group_by_expert as group_by_expert
+    from .kernels.linear_fp8 import linear_fp8 as linear_fp8
+    from .kernels.linear_skinny import linear_skinny as linear_skinny
     from .kernels.newton_schulz import newton_schulz as newton_schulz
     from .kernels.optimizer import adamw_step as adamw_step
     from .kernels.permute import permute as permute
@@ -48,8 +54,14 @@ _HOMES = {
     "dequantize_fp8": "dequantize",
     "gradient_norm": "gradient_norm",
     "group_by_expert": "grouping",
+    "grouped_gemm": "grouped_gemm",
+    "grouped_gemm_fp8": "grouped_gemm_fp8",
     "linear_cross_entropy": "cross_entropy",
     "linear_cross_entropy_tokens": "cross_entropy",
+    "linear_fp8": "linear_fp8",
+    "linear_skinny": "linear_skinny",
+    "moe_experts": "experts",
+    "moe_experts_fp8": "experts_fp8",
     "newton_schulz": "newton_schulz",
     "permute": "permute",
     "qk_norm_rope": "qk_norm_rope",

@@ -57,10 +57,9 @@ def problem_of(count: int, weight: Tensor) -> Problem:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        columns = min(128, triton.next_power_of_2(max(16, problem.columns)))
-        depth = min(256, triton.next_power_of_2(max(16, problem.depth)))
-        rows = min(128, problem.rows)
-        return [Config(rows, min(rows, 8), columns, depth // 2 if rows == 128 else depth, 1, 4, 1)]
+        # three classes only: each further one is a compilation for somebody's odd batch size
+        rows, least = (4, 1) if problem.rows <= 2 else (16, 8) if problem.rows <= 16 else (128, 8)
+        return [Config(rows, least, 128, 128 if rows == 128 else 256, 1, 4, 1)]
     found = [
         Config(rows, rows, width, depth, 8, warps, stages)
         for rows in (16, 32, 64, 128)
@@ -173,7 +172,7 @@ def plan(op: str, count: int, weight: Tensor, candidates: Configs = configs) -> 
         "TRANSPOSED": weight.stride(2) == 1, "WHOLE": depth % config.depth == 0,
         "BLOCK_M": config.rows, "LEAST_M": config.least, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group,
-        "EXPERTS": triton.next_power_of_2(experts),
+        "EXPERTS": max(16, triton.next_power_of_2(experts)),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
     return Plan(config, (tiles * triton.cdiv(columns, config.columns),), constants)

@@ -21,10 +21,10 @@ from .tables import pick
 def weight_configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates for tiles of a weight's gradient, summed over rows; the default first."""
     if arch.is_cpu:
-        n, k = (min(128, triton.next_power_of_2(max(16, d)))
-                for d in (problem.columns, problem.depth))  # fmt: skip
-        depth = min(128, max(16, problem.rows))
-        return [Config(n, n, k, depth, 1, 4, 1)]
+        # the left operand is transposed while it is packed: wide tiles use it longer
+        if problem.rows >= 64:
+            return [Config(128, 128, 256, 64, 1, 4, 1)]
+        return [Config(128, 128, 128, 16, 1, 4, 1)]
     size = problem.size
     return [
         Config(side, side, side, depth, 1, 8 if side == 128 else 4, stages)

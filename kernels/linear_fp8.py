@@ -10,6 +10,8 @@ Shape letters: M rows, N outputs, K inputs, G blocks of 128 inputs.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -32,6 +34,8 @@ CAST_IN_LOADS = 16
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first; for few rows many small programs."""
     found = tall_configs(problem, arch)
+    if arch.is_cpu:
+        return [replace(c, rows=min(128, problem.rows)) for c in found]
     if problem.rows > CAST_IN_LOADS:
         return found
     return sorted(found, key=lambda c: (c.rows, abs(c.columns - 64), -c.num_stages, c.num_warps))

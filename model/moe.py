@@ -16,6 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels.dispatch import choose
+from ..kernels.experts import moe_experts
+from ..kernels.experts_fp8 import moe_experts_fp8
+from ..kernels.grouping import group_by_expert
+from ..kernels.quantize import QuantizedRows
 from ..kernels.route import route
 from .config import Config
 from .fp8 import dequantize
@@ -62,8 +67,8 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """All routed experts of a layer; gate and up projections are stored stacked, gate rows first.
 
-    The weights may be float8 with one float32 scale per 128 x 128 block; they are then widened
-    one expert at a time.
+    The weights may be float8 with one float32 scale per 128 x 128 block. They are then widened in
+    the kernel, or one expert at a time where gradients are wanted.
     """
 
     gate_up_proj_scale: Tensor | None
@@ -80,6 +85,20 @@ class Experts(nn.Module):
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Sum over the chosen experts of weight x expert(x), [T, H]; weighted after down_proj."""
+        scaled = self.gate_up_proj_scale is not None
+        if choose(x_TH) == "reference" or (scaled and torch.is_grad_enabled()):
+            return self._one_by_one(x_TH, routing)
+        groups = group_by_expert(routing.ids_TK, experts=len(self.gate_up_proj))
+        sorted_rows = routing.weights_TK, groups.offsets, groups.order
+        if self.gate_up_proj_scale is None or self.down_proj_scale is None:
+            return moe_experts(x_TH, self.gate_up_proj, self.down_proj, *sorted_rows,
+                               limit=self.limit)  # fmt: skip
+        gate_up = QuantizedRows(self.gate_up_proj, self.gate_up_proj_scale)
+        down = QuantizedRows(self.down_proj, self.down_proj_scale)
+        return moe_experts_fp8(x_TH, gate_up, down, *sorted_rows, limit=self.limit)
+
+    def _one_by_one(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """The same in plain PyTorch, an expert at a time."""
         tokens, top_k = routing.ids_TK.shape
         chosen = routing.ids_TK.flatten()
         order = chosen.argsort(stable=True)
