@@ -190,16 +190,16 @@ def _least(kind: str, code: MachineCode, arch: Arch) -> int:
 def _unexplained(traffic: Traffic, code: MachineCode, arch: Arch) -> dict[str, int]:
     """How many narrow instructions of each kind no access calls for that has to be narrow.
 
-    An instruction moves at least one element, and a compiler makes up to four of one by unrolling
-    and pipelining.
+    An instruction moves at least one element (of an 8-byte one perhaps the half that is used), and
+    compilers make up to eight of one by unrolling and pipelining.
     """
     threads, lost = code.warps * arch.warp_size, {}
     for kind, sides in _SIDES.items():
         least = _least(kind, code, arch)
         made = [a.bytes for a in code.accesses if a.kind in sides and 0 < a.bytes < least]
         narrow = [a for a in traffic.accesses.values() if a.kind == kind and not _able(a, threads)]
-        smallest = min((a.size for a in narrow), default=WIDE)
-        copies = 4 * sum(-(-a.elements // threads) for a in narrow)
+        smallest = min((min(4, a.size) for a in narrow), default=WIDE)
+        copies = 8 * sum(-(-a.elements // threads) for a in narrow)
         count = max(sum(size < smallest for size in made), len(made) - copies)
         if count > 0:
             lost[kind] = count

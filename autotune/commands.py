@@ -128,7 +128,8 @@ def show(reports: Sequence[Report], archs: Sequence[Arch]) -> None:
     )
     for report in reports:
         for problem in report.problems:
-            console.print(f"FAIL {report.target} {report.op} {report.kernel}: {problem}")
+            text = f"FAIL {report.target} {report.op} {report.kernel}: {problem}"
+            console.print(text, soft_wrap=True)
     wrong = sum(bool(report.problems) for report in reports)
     console.print(f"{len(reports) - wrong} of {len(reports)} kernels pass")
 
