@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernels.attention import attention as attention
+    from .kernels.attention_decode import attention_decode as attention_decode
     from .kernels.balance import balance_statistics as balance_statistics
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
@@ -49,6 +50,7 @@ _HOMES = {
     "add_rms_norm": "rmsnorm",
     "add_rms_norm_fp8": "rmsnorm_fp8",
     "attention": "attention",
+    "attention_decode": "attention_decode",
     "balance_statistics": "balance",
     "clip_gradients": "gradient_norm",
     "dequantize_fp8": "dequantize",
