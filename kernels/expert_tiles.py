@@ -169,7 +169,8 @@ def plan(op: str, count: int, weight: Tensor, candidates: Configs = configs) -> 
     config: Config = pick(op, candidates, problem_of(count, weight), weight.device)
     tiles = triton.cdiv(count, config.rows) + experts
     constants = {
-        "TRANSPOSED": weight.stride(2) == 1, "WHOLE": depth % config.depth == 0,
+        "TRANSPOSED": weight.stride(2) == 1,
+        "WHOLE": depth % config.depth == columns % config.columns == 0,
         "BLOCK_M": config.rows, "LEAST_M": config.least, "BLOCK_N": config.columns,
         "BLOCK_K": config.depth, "GROUP": config.group,
         "EXPERTS": max(16, triton.next_power_of_2(experts)),

@@ -119,8 +119,9 @@ def _gated_backward_tile(
     else:
         m, source = source_rows(order_M, row, end, top_k, True, BLOCK_M)
         i = column + tl.arange(0, BLOCK_N)
-        total = product(grad_TH, w_DH, source, tl.minimum(i, D - 1), H, x_stride, n_stride,
-                        k_stride, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)  # fmt: skip
+        total = product(grad_TH, w_DH, source, i if WHOLE else tl.minimum(i, D - 1), H, x_stride,
+                        n_stride, k_stride, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
+                        WHOLE)  # fmt: skip
         slot = tl.load(order_M + m)
         weight = tl.load(weights_M + slot)[:, None]
         rows = row + tl.arange(0, BLOCK_M) < end

@@ -71,9 +71,10 @@ def _product_tile(
     else:
         m, source = source_rows(order_M, row, end, top_k, GATHER, BLOCK_M)
         n = column + tl.arange(0, BLOCK_N)
-        total = product(x_MK, w_NK, source, tl.minimum(n, N - 1), K, x_stride,
-                        n_stride, k_stride, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
-                        WHOLE)  # fmt: skip
+        # a clamp would hide that neighbours are neighbours, and cost the wide loads
+        read = n if WHOLE else tl.minimum(n, N - 1)
+        total = product(x_MK, w_NK, source, read, K, x_stride, n_stride, k_stride, TRANSPOSED,
+                        BLOCK_M, BLOCK_N, BLOCK_K, WHOLE)  # fmt: skip
         target = tl.load(order_M + m) if SCATTER else m
         live = (row + tl.arange(0, BLOCK_M) < end)[:, None] & (n < N)[None, :]
         out = out_MN + target.to(tl.int64)[:, None] * N + n[None, :]
