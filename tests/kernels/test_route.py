@@ -72,8 +72,9 @@ def check_routing(data, top_k, seed, *, normalize=True, scaling=2.5):
     routed = op.route(*data, bias, **keywords)
     ids, _ = op.select_reference(routed.scores_TE, bias, **keywords)
     assert torch.equal(routed.ids_TK, ids)
-    # an expert's gradient from few tokens hangs on the roundings of as many scores: luck either way
-    by = 0 if len(data[0]) >= 8 else None
+    # an expert's gradient from few tokens hangs on the roundings of as many scores, and a token's
+    # on those of a few experts: one by one they are judged where luck evens out
+    by = 0 if len(data[0]) >= 32 and len(data[1]) >= 16 else None
     check(ours, with_ids(ids, bias, scaling, normalize), data, by=by)
 
 
