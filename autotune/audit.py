@@ -214,11 +214,14 @@ def _able(access: AccessCount, threads: int) -> bool:
 def _useful(subject: Subject, traffic: Traffic | None) -> int:
     """What it reads of its tensors, once, and what it writes, once.
 
-    That is no more than their sizes, nor than what it asks for.
+    That is no more than their sizes, nor than what it asks for. 0: it goes through addresses that
+    it reads from a table, and what is behind them is not known.
     """
     if subject.useful_bytes is not None:
         return subject.useful_bytes
     sizes = subject.launch.sizes
+    if traffic is not None and any(not a.argument for a in traffic.accesses.values()):
+        return 0
     if traffic is None or not traffic.exact:
         return sum(sizes.values())
     tensors = subject.launch.tensors

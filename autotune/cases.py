@@ -175,6 +175,28 @@ def _float8(b: Builder, *shape: int, block: int = 128) -> QuantizedRows:
     return QuantizedRows(b.floats(*outer, rows, columns).detach().to(FP8), scales)
 
 
+def _linear_fp8(tokens: int) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        ops.linear_fp8(b.floats(tokens, H).detach(), *tensors(_float8(b, QUERIES * HEAD, H)))
+
+    return call
+
+
+def _grouped_gemm_fp8(b: Builder) -> None:
+    weight, rows = _float8(b, E, WIDTH, H), _float8(b, T * K, H, block=1)
+    ops.grouped_gemm_fp8(rows, weight.values, weight.scales, _grouping(b, T).offsets)
+
+
+def _moe_experts_fp8(tokens: int) -> Callable[[Builder], None]:
+    def call(b: Builder) -> None:
+        found, weights = _grouping(b, tokens), b.floats(tokens, K, dtype=torch.float32).detach()
+        ops.moe_experts_fp8(b.floats(tokens, H).detach(), _float8(b, E, 2 * WIDTH, H),
+                            _float8(b, E, H, WIDTH), weights, found.offsets,
+                            found.order)  # fmt: skip
+
+    return call
+
+
 def _attention(window: int) -> Callable[[Builder], None]:
     def call(b: Builder) -> None:
         q, k, _, _ = _heads(b)
@@ -246,6 +268,13 @@ CASES = (
     Case("grouped_gemm", "64 tokens", _grouped_gemm(64)),
     Case("moe_experts", f"{T} tokens", _moe_experts(T)),
     Case("moe_experts", "64 tokens", _moe_experts(64)),
+    Case("linear_fp8", f"{T} tokens", _linear_fp8(T), fp8=True),
+    Case("linear_fp8", "64 tokens", _linear_fp8(64), fp8=True),
+    Case("linear_skinny", "16 tokens", lambda b: ops.linear_skinny(
+        b.floats(16, H).detach(), b.floats(QUERIES * HEAD, H).detach())),
+    Case("grouped_gemm_fp8", f"{T} tokens", _grouped_gemm_fp8, fp8=True),
+    Case("moe_experts_fp8", f"{T} tokens", _moe_experts_fp8(T), fp8=True),
+    Case("moe_experts_fp8", "64 tokens", _moe_experts_fp8(64), fp8=True),
     Case("attention", f"{T} tokens, window 128", _attention(128)),
     Case("attention", f"{T} tokens", _attention(0)),
     Case("attention_decode", f"64 x {T}, window 128", _attention_decode(128)),
