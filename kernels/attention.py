@@ -65,7 +65,7 @@ class Config:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        return [Config(256, 32 if problem.window else 128, False, 4, 1)]
+        return [Config(256, 32 if problem.narrow else 128, False, 4, 1)]
     found = [
         Config(rows, keys, True, warps, stages)
         for rows in (128, 64, 32, 16)

@@ -62,7 +62,8 @@ class Config:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        return [Config(256, 32, 256, 32, False, 4, 1)]
+        narrow = Config(256, 32, 256, 32, False, 4, 1)
+        return [narrow if problem.narrow else Config(256, 64, 64, 128, False, 4, 1)]
     found = [
         Config(rows, keys, rows_kv, keys_kv, True, warps, stages)
         for rows in (128, 64, 32, 16)

@@ -93,6 +93,11 @@ class Problem:
     itemsize: int
     window: int
 
+    @property
+    def narrow(self) -> bool:
+        """Whether tiles should be small, because few keys at their edges are wasted work."""
+        return 0 < self.window <= 512
+
 
 def problem_of(q: Tensor, kv_heads: int, window: int) -> Problem:
     return Problem(q.shape[-1], q.shape[1] // kv_heads, q.element_size(), window)
