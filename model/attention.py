@@ -27,6 +27,8 @@ def global_attention(q_NAD: Tensor, k_NAD: Tensor, v_NAD: Tensor, packing: Packi
 
     Padding stands after each sequence, so the causal mask already hides it.
     """
+    if choose(q_NAD) == "triton":
+        return ops.attention(q_NAD, k_NAD, v_NAD, cu_seqlens=packing.cu_seqlens).out
     q, k, v = (packing.pad(x).transpose(1, 2) for x in (q_NAD, k_NAD, v_NAD))
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return packing.unpad(out.transpose(1, 2))
@@ -41,6 +43,9 @@ def window_attention(
     their own block and the one before, so work and memory are linear in N. Sequence boundaries
     need not fall on block boundaries; the mask keeps sequences apart.
     """
+    if choose(q_NAD) == "triton":
+        at = packing.cu_seqlens
+        return ops.attention(q_NAD, k_NAD, v_NAD, cu_seqlens=at, window=window).out
     total = packing.total
     block = min(window, total)
     padding = -total % block
@@ -70,6 +75,12 @@ def window_attention(
 
 def cached_attention(q_NAD: Tensor, view: CacheView, packing: Packing, *, window: int) -> Tensor:
     """Attention of new tokens over a cache that already holds them, [N, A, D]."""
+    recorded = torch.is_grad_enabled() and (q_NAD.requires_grad or view.keys.requires_grad)
+    if choose(q_NAD) == "triton" and not recorded:
+        return ops.attention_decode(
+            q_NAD, view.keys, view.values, lengths=packing.held, cu_seqlens=packing.cu_seqlens,
+            longest=packing.longest, window=window,
+        ).out  # fmt: skip
     q = packing.pad(q_NAD).transpose(1, 2)
     positions = packing.pad(packing.positions)[:, :, None]
     batch, slots = view.positions.shape

@@ -19,11 +19,22 @@ from .packing import Packing
 
 @dataclass(frozen=True)
 class CacheView:
-    """Keys and values [B, A, C, D] and the position each slot holds, int64 [B, C], -1 if none."""
+    """Keys and values [B, A, C, D] of sequences that end at `ends`; `period` is the capacity."""
 
     keys: Tensor
     values: Tensor
-    positions: Tensor
+    ends: tuple[int, ...]
+    period: int
+
+    @property
+    def positions(self) -> Tensor:
+        """The newest position below the end of its sequence that maps to each slot, int64 [B, C].
+
+        -1 if there is none.
+        """
+        slots = torch.arange(self.keys.shape[2], device=self.keys.device)
+        newest = torch.tensor(self.ends, device=self.keys.device)[:, None] - 1
+        return (newest - (newest - slots) % self.period).clamp(min=-1)
 
 
 class LayerCache:
@@ -70,16 +81,8 @@ class LayerCache:
     def view(self, packing: Packing) -> CacheView:
         """What a query at or after the new tokens, once written, may look at."""
         shown = self.capacity if self.ring else max(packing.ends)
-        return CacheView(
-            self.keys[:, :, :shown], self.values[:, :, :shown], self._positions(packing, shown)
-        )
-
-    def _positions(self, packing: Packing, shown: int) -> Tensor:
-        """The newest position below the end of its sequence that maps to each slot."""
-        slots = torch.arange(shown, device=packing.device)
-        newest = torch.tensor(packing.ends, device=packing.device)[:, None] - 1
-        period = self.capacity if self.ring else max(shown, 1)
-        return (newest - (newest - slots) % period).clamp(min=-1)
+        keys, values = self.keys[:, :, :shown], self.values[:, :, :shown]
+        return CacheView(keys, values, packing.ends, max(shown, 1))
 
 
 class Cache:

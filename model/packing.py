@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ class Packing:
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    @cached_property
+    def cu_seqlens(self) -> Tensor:
+        """Where each sequence starts in the pack, and the end of the last, int32 [B + 1]."""
+        return torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, device=self.device)
+
+    @cached_property
+    def held(self) -> Tensor:
+        """`ends` on the device, int32 [B]."""
+        return torch.tensor(self.ends, dtype=torch.int32, device=self.device)
 
     @cached_property
     def rows(self) -> Tensor:
