@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import ExaoneMoeForCausalLM
 
 from kexaone import Config, KExaone
+import kexaone
 from kexaone.model.checkpoint import CheckpointError, load, save
 from kexaone.model.fp8 import Fp8Linear, quantize
 
@@ -142,8 +143,11 @@ def test_float8_kept_equals_widened(tmp_path, suffix):
     assert isinstance(kept.model.layers[0].self_attn.q_proj, Fp8Linear)
     assert kept.model.layers[1].mlp.experts.down_proj.dtype == torch.float8_e4m3fn
     ids = torch.arange(30).view(1, 30)
-    with torch.no_grad():
+    with torch.no_grad(), kexaone.impl("reference"):
         assert torch.equal(wide(ids), kept(ids))
+    with torch.no_grad():
+        # the kernels scale sums of 128 products instead of the weights: rounding differs, no more
+        torch.testing.assert_close(kept(ids), wide(ids), atol=1e-4, rtol=0)
     save(kept, tmp_path / "again", max_shard_bytes=100_000)
     again = load(tmp_path / "again", fp8="keep")
     assert_equal_states(kept, again)
