@@ -16,8 +16,8 @@ from oracle import random_model, transformers_model
 from safetensors.torch import load_file, save_file
 from transformers import ExaoneMoeForCausalLM
 
-from kexaone import Config, KExaone
 import kexaone
+from kexaone import Config, KExaone
 from kexaone.model.checkpoint import CheckpointError, load, save
 from kexaone.model.fp8 import Fp8Linear, quantize
 
