@@ -233,8 +233,8 @@ def linear_cross_entropy(
     """Mean cross-entropy of `hidden @ weight^T`, differentiable in hidden and weight.
 
     The gradients are computed with the loss, in three products; in float16 what falls under 6e-8
-    before the loss is scaled is lost there, which `linear_cross_entropy_tokens` avoids. Several heads
-    that share `weight` are one call on their concatenated tokens, weighted by `token_weights`.
+    before the loss is scaled is lost there, which `linear_cross_entropy_tokens` avoids. Several
+    heads that share `weight` are one call on their concatenated tokens with `token_weights`.
 
     Args:
         hidden: [N, H] float32, bfloat16 or float16; float64 runs the reference.
