@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
@@ -11,7 +13,15 @@ from kexaone.kernels import launch
 # bytes f5 7f: a NaN in bf16, fp16 and fp32 that checked mode takes for memory nothing wrote
 _UNWRITTEN = 0x7FF5
 
-settings.register_profile("kernels", max_examples=20, deadline=None, print_blob=True)
+# continuous integration draws the same cases every time: a change, not luck, turns it red
+settings.register_profile(
+    "kernels",
+    max_examples=20,
+    deadline=None,
+    print_blob=True,
+    derandomize="CI" in os.environ,
+    database=None if "CI" in os.environ else settings().database,
+)
 settings.load_profile("kernels")
 
 

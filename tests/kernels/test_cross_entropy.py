@@ -23,6 +23,9 @@ from .contract import (
     seeds,
 )
 
+# Gradients are judged over whole tensors (`by=None`): they are differences of probabilities
+# rounded at 1, so the row of a confident token or a rare word is small but no more exact than the
+# others. All rows have one scale, so a wrong row shows in the whole.
 IGNORED = -100
 # Gradients of float16 logits are subnormal for most of a vocabulary, in the naive computation as
 # well: their last place says nothing. Its values are tested below.
@@ -57,7 +60,10 @@ def test_mean_meets_the_contract(tokens, vocabulary, dtype, layout, seed, z_loss
     with pytest.MonkeyPatch.context() as patch, use("linear_cross_entropy", op.Config(64, 4)):
         patch.setattr(op, "CHUNK_BYTES", chunk)
         check(
-            lambda *x: op.linear_cross_entropy(*x, z_loss=z_loss).loss, mean_reference(z_loss), data
+            lambda *x: op.linear_cross_entropy(*x, z_loss=z_loss).loss,
+            mean_reference(z_loss),
+            data,
+            by=None,
         )
 
 
@@ -67,7 +73,7 @@ def test_tokens_meet_the_contract(tokens, vocabulary, dtype, seed):
     data = inputs(tokens, 24, vocabulary, dtype, seed)
     check(op.linear_cross_entropy_tokens,
           lambda *x: op.linear_cross_entropy_reference(*x, ignore_index=IGNORED, z_loss=0.0),
-          data)  # fmt: skip
+          data, by=None)  # fmt: skip
 
 
 @given(tokens=counts, vocabulary=vocabularies, seed=seeds)
