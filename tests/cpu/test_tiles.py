@@ -115,7 +115,7 @@ def test_sort_and_topk(dtype, descending):
 def shape_kernel(x, out, N: tl.constexpr):
     at = tl.arange(0, N)
     value = tl.load(x + at)
-    tl.store(out + at, tl.flip(value))
+    tl.store(out + at, tl.flip(value, 0))
     tl.store(out + N + at, tl.gather(value, (at * 7) % N, 0))
     tl.store(out + 2 * N + at, tl.histogram(value % N, N))
     pairs = tl.join(value, at)
