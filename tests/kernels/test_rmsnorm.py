@@ -34,6 +34,15 @@ def inputs(rows, columns, dtype, layout, seed, count=2):
     return [*tensors, normal(columns, seed=seed + 9, dtype=dtype)]
 
 
+def sliced(columns):
+    """Whether rows are judged one by one.
+
+    The gradient is what is left of a row's gradient after its part along the row is taken off. Of a
+    few numbers next to nothing may be left, and that is rounding error in any computation.
+    """
+    return 0 if columns >= 64 else None
+
+
 def add_reference(x, residual, weight):
     total = x + residual
     return op.rms_norm_reference(total, weight, eps=1e-5), total
@@ -42,25 +51,29 @@ def add_reference(x, residual, weight):
 @given(rows=row_counts, columns=column_counts, dtype=dtypes, layout=layouts, seed=seeds)
 def test_norm_meets_the_contract(rows, columns, dtype, layout, seed):
     x, weight = inputs(rows, columns, dtype, layout, seed)
-    check(op.rms_norm, lambda x, w: op.rms_norm_reference(x, w, eps=1e-5), [x, weight])
+    check(op.rms_norm, lambda x, w: op.rms_norm_reference(x, w, eps=1e-5), [x, weight],
+          by=sliced(columns))  # fmt: skip
 
 
 @given(rows=row_counts, columns=column_counts, dtype=dtypes, layout=layouts, seed=seeds)
 def test_norm_of_a_sum_meets_the_contract(rows, columns, dtype, layout, seed):
-    check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, layout, seed, count=3))
+    check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, layout, seed, count=3),
+          by=sliced(columns))  # fmt: skip
 
 
 @given(columns=column_counts, rows=row_counts, dtype=dtypes, seed=seeds)
 def test_rows_in_pieces(columns, rows, dtype, seed):
     """Rows too wide for registers are walked; here every row of more than 128 columns is."""
     with use("rms_norm", op.Config(block=128, rows=1, programs=3, num_warps=4)):
-        check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, "contiguous", seed, 3))
+        check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, "contiguous", seed, 3),
+              by=sliced(columns))  # fmt: skip
 
 
 @given(columns=column_counts, rows=row_counts, dtype=dtypes, seed=seeds)
 def test_several_rows_per_program(columns, rows, dtype, seed):
     with use("rms_norm", op.Config(block=512, rows=4, programs=3, num_warps=4)):
-        check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, "contiguous", seed, 3))
+        check(op.add_rms_norm, add_reference, inputs(rows, columns, dtype, "contiguous", seed, 3),
+              by=sliced(columns))  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
