@@ -263,12 +263,14 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     for run in sorted(runs.iterdir()):
         visible = [p for p in run.iterdir() if not p.name.startswith(".")]
         for step in visible:
-            assert contents(step) == expected[step.name], step
+            same = contents(step) == expected[step.name]
+            assert same, step  # a comparison in the assertion would be explained for minutes
         resumed = Trainer.resume(run, windows())
         outcomes.add((run.name[:4], resumed.steps_done, len(visible) < len(list(run.iterdir()))))
         resumed.step()
         newest = resumed.save(run)
-        assert contents(newest) == expected[newest.name], run
+        same = contents(newest) == expected[newest.name]
+        assert same, run
         assert sorted(run.iterdir()) == sorted({*visible, newest})[-2:]
     # killed before and after the rename that counts, with and without leftovers
     wanted = {("next", 2, True), ("next", 2, False), ("next", 3, True), ("next", 3, False)}
