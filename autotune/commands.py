@@ -17,6 +17,7 @@ from ..kernels.arch import ARCHS, Arch
 
 if TYPE_CHECKING:
     from .audit import Report
+    from .cases import Case
 
 _WIDTH = 250
 _Texts = list[str] | None
@@ -51,7 +52,6 @@ def audit(
     import triton
 
     from . import audit as auditing
-    from .cases import CASES
     from .user_kernel import user_launch, user_subject
 
     archs = [_arch(name) for name in target or ARCHS]
@@ -68,11 +68,7 @@ def audit(
     else:
         if arg or const:
             raise ValueError("--arg and --const describe a kernel of your own: name it")
-        known = {case.op for case in CASES}
-        for name in op or ():
-            if name not in known:
-                raise ValueError(f"no op {name!r}; there are {', '.join(sorted(known))}")
-        cases = [case for case in CASES if not op or case.op in op]
+        cases = _cases(op or [])
         found = [s for arch in archs for case in cases for s in auditing.subjects(case, arch)]
     with _progress() as bar:
         task = bar.add_task("compile", total=len(found))
@@ -90,6 +86,17 @@ def audit(
         json.write_text(json_format.dumps(value, indent=2) + "\n")
     if failures:
         raise typer.Exit(1)
+
+
+def _cases(names: list[str]) -> list[Case]:
+    """The registered cases of some ops, all if none is named."""
+    from .cases import CASES
+
+    known = {case.op for case in CASES}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"no op {name!r}; there are {', '.join(sorted(known))}")
+    return [case for case in CASES if not names or case.op in names]
 
 
 def _arch(name: str) -> Arch:

@@ -29,7 +29,7 @@ from .expert_tiles import dense, find_tile, heavy_configs, plan, product, source
 from .expert_weights import weight_gradient
 from .grouped_gemm import check_groups, grouped_gemm_reference, multiply, sum_choices
 from .launch import empty, on, register, require, rows
-from .swiglu import swiglu_reference
+from .swiglu import halves, swiglu_reference
 
 
 def moe_experts_reference(
@@ -41,17 +41,6 @@ def moe_experts_reference(
     y = grouped_gemm_reference(swiglu_reference(z, limit=limit), down, offsets)
     by_token = y.index_select(0, order.argsort()).unflatten(0, weights.shape)
     return (by_token * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-
-
-@triton.jit
-def halves(gate, up, limit, CLAMP: tl.constexpr):
-    """Both halves in float32, clamped; NaN stays."""
-    g, u = gate.to(tl.float32), up.to(tl.float32)
-    if CLAMP:
-        most = limit.to(gate.dtype).to(tl.float32)
-        g = tl.where(g > most, most, g)
-        u = tl.where(u > most, most, tl.where(u < -most, -most, u))
-    return g, u
 
 
 @triton.jit

@@ -44,7 +44,7 @@ def swiglu_reference(gate: Tensor, up: Tensor | None = None, *, limit: float = 0
 
 
 @triton.jit
-def _clamped(gate, up, limit, CLAMP: tl.constexpr):
+def halves(gate, up, limit, CLAMP: tl.constexpr):
     """Both halves in float32 after the clamp, which lets NaN through."""
     g, u = gate.to(tl.float32), up.to(tl.float32)
     if CLAMP:
@@ -64,7 +64,7 @@ def _forward_kernel(
     mask = (row < T) & (at < N)
     gate = tl.load(gate_TN + row * gate_stride + at, mask=mask, other=0.0)
     up = tl.load(up_TN + row * up_stride + at, mask=mask, other=0.0)
-    g, u = _clamped(gate, up, limit, CLAMP)
+    g, u = halves(gate, up, limit, CLAMP)
     silu = (g / (1.0 + tl.exp(-g))).to(gate.dtype)
     y = (silu.to(tl.float32) * u).to(gate.dtype)
     if QUANTIZE:
@@ -88,7 +88,7 @@ def _backward_kernel(
     grad = tl.load(grad_TN + row * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_TN + row * gate_stride + at, mask=mask, other=0.0)
     up = tl.load(up_TN + row * up_stride + at, mask=mask, other=0.0)
-    g, u = _clamped(gate, up, limit, CLAMP)
+    g, u = halves(gate, up, limit, CLAMP)
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
     d_gate = grad * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)))
     d_up = grad * (g * sigmoid)
