@@ -89,7 +89,8 @@ class CpuBackend(_Base):
         }
         return Options(**frozen)
 
-    def add_stages(self, stages: dict, options: Any, language: Any) -> None:
+    # a default for `language`, which the base class of Triton 3.8 does not have
+    def add_stages(self, stages: dict, options: Any, language: Any = None) -> None:
         from . import stages as pipeline
 
         stages["ttir"] = lambda module, metadata: pipeline.make_ttir(module, metadata, options)
