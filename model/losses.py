@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.balance import Balance, balance_statistics
 from ..kernels.cross_entropy import linear_cross_entropy
-from .moe import MoE, Routing
+from .moe import MoE
 from .packing import Packing
 from .transformer import KExaone
 
@@ -61,9 +62,10 @@ def training_loss(
     mtp = _mtp_loss(model, hidden_BTH, ids_BT, depths) if depths else zero
     balances, loads = [], []
     for routing in features.routings:
-        counts_BE = expert_counts(routing, batch)
-        balances.append(balance_loss(routing, counts_BE))
-        loads.append(counts_BE.sum(0))
+        scores_TE = routing.scores_TE.float()
+        statistics = balance_statistics(scores_TE, routing.ids_TK, sequences=batch)
+        balances.append(balance_loss(statistics))
+        loads.append(statistics.counts_BE.sum(0))
     balance = torch.stack(balances).mean() if balances else zero
     total = next_token + mtp_weight * mtp + balance_weight * balance
     return TrainingLoss(total, next_token, mtp, balance, tuple(loads))
@@ -77,26 +79,16 @@ def next_token_loss(model: KExaone, ids_BT: Tensor) -> Tensor:
     return _cross_entropy(model, hidden_BTH[:, :-1], ids_BT[:, 1:])
 
 
-def expert_counts(routing: Routing, batch: int) -> Tensor:
-    """How often each expert was chosen in each of `batch` equally long sequences: int64 [B, E]."""
-    chosen = routing.ids_TK.reshape(batch, -1)
-    counts_BE = chosen.new_zeros(batch, routing.scores_TE.shape[-1])
-    return counts_BE.scatter_add_(1, chosen, torch.ones_like(chosen))
-
-
-def balance_loss(routing: Routing, counts_BE: Tensor) -> Tensor:
+def balance_loss(balance: Balance) -> Tensor:
     """Sequence-wise balance loss of one layer, a scalar; the least it can be is about 1.
 
     With f_i = E / (K T) * (times expert i was chosen) and P_i the mean over tokens of its share of
     the sigmoid scores, the loss of a sequence is sum_i f_i P_i (DeepSeek-V3, arXiv 2412.19437, eq.
     17-20, without alpha). Gradients reach the router through P only. Mean over sequences.
     """
-    batch, experts = counts_BE.shape
-    scores_TE = routing.scores_TE.float()
-    share_BTE = (scores_TE / scores_TE.sum(-1, keepdim=True)).view(batch, -1, experts)
-    chosen_per_sequence = routing.ids_TK.numel() // batch
-    frequency_BE = counts_BE.to(scores_TE.dtype) * (experts / chosen_per_sequence)
-    return (frequency_BE * share_BTE.mean(1)).sum(-1).mean()
+    chosen_BE = balance.counts_BE.to(balance.shares_BE.dtype)
+    frequency_BE = chosen_BE * (chosen_BE.shape[1] / chosen_BE.sum(1, keepdim=True))
+    return (frequency_BE * balance.shares_BE).sum(-1).mean()
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import gradient_norm as kernels
+from ..kernels.newton_schulz import newton_schulz
 from ..kernels.optimizer import adamw_step
 from .moe import Experts
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 STACK_ELEMENTS = 1 << 24
 """Matrices are orthogonalized in stacks of at most this many elements, to bound the memory."""
 
@@ -28,20 +28,10 @@ def orthogonalize(matrices: Tensor, *, steps: int = 5, eps: float = 1e-7) -> Ten
         matrices: [..., rows, columns]; fastest with rows <= columns.
 
     Returns:
-        The same shape and dtype; computed in bfloat16 on a GPU and in float32 on a CPU.
+        The same shape and dtype; operands are bfloat16 on a GPU and float32 on a CPU.
     """
-    a, b, c = NEWTON_SCHULZ
-    tall = matrices.shape[-2] > matrices.shape[-1]
-    x = (matrices.mT if tall else matrices).float()
-    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
-    shape, x = x.shape, x.reshape(-1, *x.shape[-2:])
-    if x.is_cuda:
-        x = x.bfloat16()
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    x = x.view(shape)
-    return (x.mT if tall else x).to(matrices.dtype)
+    dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
+    return newton_schulz(matrices, steps=steps, eps=eps, dtype=dtype)
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float) -> Tensor:

@@ -23,10 +23,11 @@ from training_cases import (
     windows,
 )
 
-from kexaone import Config, KExaone
+from kexaone import Config, KExaone, impl
+from kexaone.kernels.balance import balance_statistics
 from kexaone.model.data import DataError, Windows
-from kexaone.model.losses import balance_loss, expert_counts, training_loss, update_router_bias
-from kexaone.model.moe import MoE, Routing
+from kexaone.model.losses import balance_loss, training_loss, update_router_bias
+from kexaone.model.moe import MoE
 from kexaone.model.packing import Packing
 from kexaone.model.trainer import Trainer, TrainingError, TrainSettings
 
@@ -140,23 +141,25 @@ def test_training_loss_of_bad_shapes(shape: tuple[int, ...]) -> None:
     tokens=st.integers(1, 9),
     experts=st.integers(1, 12),
     seed=st.integers(0, 2**32),
+    kind=st.sampled_from(["reference", "triton"]),
     data=st.data(),
 )
 def test_balance_loss(
-    batch: int, tokens: int, experts: int, seed: int, data: st.DataObject
+    batch: int, tokens: int, experts: int, seed: int, kind: str, data: st.DataObject
 ) -> None:
     top_k = data.draw(st.integers(1, experts))
     random = torch.Generator().manual_seed(seed)
     scores = torch.rand(batch * tokens, experts, generator=random) + 1e-3
     scores.requires_grad_()
     ids = scores.detach().topk(top_k).indices
-    routing = Routing(scores, ids, scores.gather(1, ids))
-    counts = expert_counts(routing, batch)
+    with impl(kind):
+        statistics = balance_statistics(scores, ids, sequences=batch)
+    counts = statistics.counts_BE
     rows = list(zip(scores.detach().split(tokens), ids.split(tokens), strict=True))
     assert counts.tolist() == [
         [sum(row.count(e) for row in i.tolist()) for e in range(experts)] for _, i in rows
     ]
-    loss = balance_loss(routing, counts)
+    loss = balance_loss(statistics)
     # float32: a share is a sum of E and a quotient, then sums over T, E and B; all terms positive
     error = (2 * experts + tokens + batch + 6) * 2**-24
     expected = mean([balance_by_hand(*row) for row in rows])
