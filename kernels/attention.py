@@ -21,8 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import attention_backward
@@ -44,6 +42,7 @@ from .attention_tiles import (
     width,
 )
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register
 from .tables import pick
 

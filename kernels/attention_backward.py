@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
@@ -39,6 +37,7 @@ from .attention_tiles import (
     visible,
     width,
 )
+from .lang import tl, triton
 from .launch import empty, on, register
 from .tables import pick
 

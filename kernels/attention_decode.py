@@ -19,8 +19,6 @@ R rows of a page, P pages, C splits.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import arch_of
@@ -40,6 +38,7 @@ from .attention_tiles import (
     width,
 )
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register, require
 from .tables import pick
 

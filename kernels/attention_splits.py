@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .attention_tiles import LOG2E, rows_of, tokens_of, width
+from .lang import tl, triton
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register, require
 from .tables import pick
 

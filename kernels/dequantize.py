@@ -9,13 +9,12 @@ Shape letters: B matrices, R rows each, T = B R, N columns, G groups of 128 colu
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import arch_of
 from .dispatch import choose
 from .elementwise import configs, grid, group, tile
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK
 from .tables import pick

@@ -8,10 +8,8 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-import triton
-import triton.language as tl
-
 from .arch import Arch
+from .lang import tl, triton
 
 BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 """Widths of a tile: whole scale blocks of 128 columns."""

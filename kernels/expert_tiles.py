@@ -13,11 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
+from .lang import tl, triton
 from .tables import Configs, pick
 
 

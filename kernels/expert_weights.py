@@ -8,12 +8,11 @@ Shape letters: M sorted rows, E experts, N outputs, K inputs of the product.
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .expert_tiles import Config, Problem, problem_of
+from .lang import tl, triton
 from .launch import empty, on, rows
 from .tables import pick
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, heavy_configs, plan, product, source_rows
 from .expert_weights import weight_gradient
 from .grouped_gemm import check_groups, grouped_gemm_reference, multiply, sum_choices
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .swiglu import halves, swiglu_reference
 

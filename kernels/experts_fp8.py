@@ -10,8 +10,6 @@ N = 2 D, G blocks of 128.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
@@ -27,6 +25,7 @@ from .grouped_gemm_fp8 import (
     widen_reference,
     widen_rows_reference,
 )
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_reference, quantize_rows
 from .swiglu import swiglu_reference

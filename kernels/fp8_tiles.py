@@ -16,13 +16,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import expert_tiles
 from .arch import Arch, arch_of
 from .expert_tiles import Config, Problem
+from .lang import tl, triton
 from .launch import require
 from .quantize import BLOCK, quantize_rows
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register, require
 from .tables import pick
 from .tensor_list import TYPES, chunk, configs, pointer, same_kind, table_of

@@ -17,13 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, product, source_rows
 from .expert_weights import weight_gradient
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 
 

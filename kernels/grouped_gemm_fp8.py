@@ -11,14 +11,13 @@ Shape letters: M sorted rows, E experts, N outputs, K inputs, G blocks of 128 in
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, source_rows
 from .fp8_tiles import check_scales, configs, has_fp8, product_fp8
 from .grouped_gemm import grouped_gemm_reference
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
@@ -23,6 +21,7 @@ from .expert_tiles import Config, Problem
 from .fp8_tiles import check_scales, has_fp8, product_fp8
 from .fp8_tiles import configs as tall_configs
 from .grouped_gemm_fp8 import parts, whole, widen_reference, widen_rows_reference
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_fp8, quantize_reference
 from .tables import pick

@@ -13,13 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
 from .expert_tiles import product
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .tables import pick
 

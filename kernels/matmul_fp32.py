@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
+from .lang import tl, triton
 from .launch import empty, on, require
 from .tables import pick
 

@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import on, register, require
 from .tables import pick
 from .tensor_list import TYPES, chunk, configs, pointer, same_kind, table_of

@@ -19,13 +19,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
 from .grouping import Permutation
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .tables import pick
 

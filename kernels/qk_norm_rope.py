@@ -24,8 +24,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
@@ -41,6 +39,7 @@ from .head_tiles import (
     store_halves,
     unit,
 )
+from .lang import tl, triton
 from .launch import empty, on, register
 from .rmsnorm import rms_norm_reference
 from .tables import pick

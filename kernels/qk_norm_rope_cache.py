@@ -11,8 +11,6 @@ Shape letters: T tokens, A heads, D head dimension, B sequences, C slots, R rows
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import choose
@@ -26,6 +24,7 @@ from .head_tiles import (
     store_halves,
     unit,
 )
+from .lang import tl, triton
 from .launch import empty, on, register, require
 from .qk_norm_rope import configs, qk_norm_rope_reference
 from .tables import pick

@@ -21,12 +21,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch, arch_of
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register, require
 from .quantize import BLOCK, QuantizedRows, quantize_reference, scales_of, scales_reference
 from .tables import pick

@@ -23,12 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .matmul_fp32 import matmul_fp32, matmul_parts
 from .tables import pick

@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .arch import arch_of
 from .dispatch import choose
 from .elementwise import configs, grid, group, tile
+from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK as GROUP
 from .quantize import QuantizedRows, quantize_reference, quantize_rows
