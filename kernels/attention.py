@@ -188,7 +188,8 @@ def _forward_kernel(
     end_full = first_full
     if SPLIT:
         first_full = tl.cdiv(tl.maximum(high - window, 0) - begin, KEYS)
-        end_full = tl.maximum(first_full, (low + 1 - begin) // KEYS)
+        # a block past the last token has no row that could see up to low
+        end_full = tl.maximum(first_full, (tl.minimum(low + 1, high) - begin) // KEYS)
         for block in range(first_full, end_full):
             top, total, acc = _step(
                 q, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position, window,

@@ -150,7 +150,7 @@ def _dq_kernel(
     end_full = first_full
     if SPLIT:
         first_full = tl.cdiv(tl.maximum(high - window, 0) - begin, KEYS)
-        end_full = tl.maximum(first_full, (low + 1 - begin) // KEYS)
+        end_full = tl.maximum(first_full, (tl.minimum(low + 1, high) - begin) // KEYS)
         for block in range(first_full, end_full):
             acc = _dq_step(
                 q, grad, lse, delta, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position,
