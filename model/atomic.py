@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: what a killed save leaves stays until someone removes it
+    fcntl = None
 
 STALE = (".safetensors", ".safetensors.index.json")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
@@ -21,7 +27,8 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
     Files that an existing `target` has and the new folder lacks are carried over, except weights
     (`*.safetensors` and their index): those would belong to another model. Symbolic links are
-    followed. If the block raises, the new folder is removed and `target` stays as it was.
+    followed. If the block raises, the new folder is removed and `target` stays as it was. What
+    killed processes left of such folders is removed first.
 
     Raises:
         NotADirectoryError: if `target` is a file.
@@ -31,19 +38,19 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target} is a file, not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = _sibling(target, "tmp")
-    new.mkdir()
-    try:
-        yield new
-        _sync_tree(new)
-        if target.is_dir():
-            _carry_over(target, new, top=True)
-            shutil.copymode(target, new)
-        _sync(new)
-        _swap(new, target)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
+    _remove_abandoned(target)
+    with _new_folder(target) as new:
+        try:
+            yield new
+            _sync_tree(new)
+            if target.is_dir():
+                _carry_over(target, new, top=True)
+                shutil.copymode(target, new)
+            _sync(new)
+            _swap(new, target)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
     _sync(target.parent)
 
 
@@ -67,6 +74,48 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 def _sibling(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, locked while its writer lives."""
+    while True:
+        new = _sibling(target, "tmp")
+        new.mkdir()
+        with _locked(new) as held:
+            # another process may have taken it for abandoned before it was locked
+            if held is not False and new.exists():
+                yield new
+                return
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool | None]:
+    """Hold the lock of a folder; a process that ends lets go of it.
+
+    Yields False if another process holds it, None where the system has no locks.
+    """
+    held = None
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                held = True
+            except BlockingIOError:
+                held = False
+            except OSError:
+                held = None
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
+        with contextlib.suppress(OSError), _locked(left) as held:
+            if held:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -176,7 +176,9 @@ def _read_text(path: Path | None) -> str:
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
-    preset: Annotated[str, typer.Option(help="Architecture to train from scratch.")] = "mini",
+    preset: Annotated[
+        str | None, typer.Option(help="Architecture to train from scratch. Default: mini.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Checkpoint folder to start from.")] = None,
     tokenizer: Annotated[
         Path | None,
@@ -196,10 +198,12 @@ def train(
     """Train on text: Muon and AdamW, WSD schedule, MTP and balance losses, exact resume."""
     from .training_run import Options, run_training
 
+    if preset and model:
+        raise ValueError("give either --preset or --model")
     ui.check_writable(json)
     options = Options(
         out=out,
-        preset=preset,
+        preset=preset or "mini",
         model=model,
         tokenizer=tokenizer,
         data=tuple(data or ()),

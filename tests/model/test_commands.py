@@ -146,6 +146,10 @@ BAD = {
     "unknown option": (["info", "--depth", "3"], "No such option"),
     "unknown preset": (["info", "giant"], "neither a preset"),
     "train an unknown preset": (["train", "--out", "{tmp}/o", "--preset", "giant"], "giant"),
+    "preset beside a model": (
+        ["train", "--out", "{tmp}/o", "--preset", "mini", "--model", "{model}"],
+        "either --preset or --model",
+    ),
     "generate without a folder": (["generate", "{tmp}/none", "--prompt", "x"], "none"),
     "generate without a prompt": (["generate", "{model}"], "--prompt"),
     "prompt twice": (["generate", "{model}", "--prompt", "a", "--prompt-file", "b"], "--prompt"),
