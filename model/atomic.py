@@ -66,8 +66,11 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
         if path.exists():
             shutil.copymode(path, new)
         os.replace(new, path)
-    except BaseException:
+    except BaseException as error:
         new.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None and error.errno:
+            # a write that the system refuses does not say where it went
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     _sync(path.parent)
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_cases import largest_file
 
-from kexaone.model.atomic import atomic_directory
+from kexaone.model.atomic import atomic_directory, atomic_write
 
 WRITER = """
 import sys
@@ -56,3 +57,11 @@ def test_failed_block_leaves_the_old(tmp_path: Path) -> None:
         raise KeyError
     assert list(tmp_path.iterdir()) == [target]
     assert (target / "whole").read_text() == "first"
+
+
+def test_refused_write_leaves_the_old_and_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    atomic_write(path, "old")
+    with largest_file(100), pytest.raises(OSError, match=r"File too large: .*x\.json"):
+        atomic_write(path, "new" * 100)
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "old"

@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ from rich.console import Console
 from training_cases import (
     TINY,
     assert_same,
+    largest_file,
     new_trainer,
     single_threaded,
     state_of,
@@ -282,16 +282,6 @@ def test_kill_in_the_middle_of_a_save(tmp_path: Path) -> None:
     """In a process of its own: it forks, and compares bits that earlier tests must not touch."""
     done = subprocess.run([sys.executable, __file__, tmp_path], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-@contextlib.contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_save_that_the_system_refuses(tmp_path: Path) -> None:
