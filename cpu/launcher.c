@@ -22,6 +22,59 @@ typedef struct {
 
 static PyObject *data_ptr, *is_cpu;
 
+/* Launches of one thread, to be run again as they were. What their pointers point to is kept. */
+typedef struct {
+  Kernel kernel;
+  int32_t grid[3];
+  size_t first; /* of its slots */
+  int checked;
+} Launched;
+
+typedef struct {
+  PyObject_HEAD size_t count, room, used, most;
+  Launched *launched;
+  uint64_t *slots;   /* arguments; in a checked launch, its extents after them */
+  PyObject *kept;    /* list */
+  unsigned long thread;
+} Recording;
+
+static Recording *recording; /* the one that is under way, borrowed */
+
+static int grow(void **memory, size_t *room, size_t needed, size_t size) {
+  if (needed <= *room)
+    return 0;
+  size_t larger = needed + *room / 2 + 64;
+  void *moved = PyMem_Realloc(*memory, larger * size);
+  if (!moved) {
+    PyErr_NoMemory();
+    return -1;
+  }
+  *memory = moved;
+  *room = larger;
+  return 0;
+}
+
+static int note(Kernel kernel, const int32_t *grid, Py_ssize_t count, const uint64_t *slots,
+                const uint64_t *extents, PyObject *const *arguments, Py_ssize_t given) {
+  Recording *self = recording;
+  size_t added = (size_t)count * (extents ? 3 : 1);
+  if (grow((void **)&self->launched, &self->room, self->count + 1, sizeof(Launched)) ||
+      grow((void **)&self->slots, &self->most, self->used + added, 8))
+    return -1;
+  Launched *launched = &self->launched[self->count];
+  *launched = (Launched){kernel, {grid[0], grid[1], grid[2]}, self->used, extents != NULL};
+  memcpy(self->slots + self->used, slots, 8 * (size_t)count);
+  if (extents)
+    memcpy(self->slots + self->used + count, extents, 16 * (size_t)count);
+  for (Py_ssize_t i = 0; i < given; i++)
+    if (!PyLong_Check(arguments[i]) && !PyFloat_Check(arguments[i]) && arguments[i] != Py_None &&
+        PyList_Append(self->kept, arguments[i]))
+      return -1;
+  self->used += added;
+  self->count++;
+  return 0;
+}
+
 static int pack_pointer(PyObject *argument, Py_ssize_t at, uint64_t *slot) {
   if (argument == Py_None) {
     *slot = 0;
@@ -87,7 +140,9 @@ static int pack_float(char kind, PyObject *argument, uint64_t *slot) {
   return 0;
 }
 
-static int pack(Launcher *self, PyObject *const *arguments, uint64_t *slots, uint64_t *extents) {
+/* How many slots were filled, or -1. */
+static Py_ssize_t pack(Launcher *self, PyObject *const *arguments, uint64_t *slots,
+                       uint64_t *extents) {
   Py_ssize_t used = 0;
   for (Py_ssize_t i = 0; i < self->count; i++) {
     PyObject *argument = arguments[i];
@@ -115,7 +170,7 @@ static int pack(Launcher *self, PyObject *const *arguments, uint64_t *slots, uin
     }
     used++;
   }
-  return 0;
+  return used;
 }
 
 static int run_hook(PyObject *hook, PyObject *metadata) {
@@ -140,15 +195,20 @@ static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags,
       return NULL;
     grid[i] = (int32_t)size;
   }
-  if (pack(self, args + FIXED, slots, self->span ? extents : NULL) || run_hook(args[7], args[6]))
+  uint64_t *checked = self->span ? extents : NULL;
+  Py_ssize_t used = pack(self, args + FIXED, slots, checked);
+  if (used < 0 || run_hook(args[7], args[6]))
     return NULL;
   const char *fault = NULL;
   if (grid[0] > 0 && grid[1] > 0 && grid[2] > 0) {
     Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[4]);
     if (!kernel && PyErr_Occurred())
       return NULL;
+    if (recording && recording->thread == PyThread_get_thread_ident() &&
+        note(kernel, grid, used, slots, checked, args + FIXED, self->count))
+      return NULL;
     Py_BEGIN_ALLOW_THREADS;
-    fault = kernel(grid, slots, self->span ? extents : NULL);
+    fault = kernel(grid, slots, checked);
     Py_END_ALLOW_THREADS;
   }
   if (fault) {
@@ -187,15 +247,88 @@ static PyObject *make(PyObject *module, PyObject *args) {
   return (PyObject *)self;
 }
 
+static PyObject *replay(PyObject *object, PyObject *unused) {
+  Recording *self = (Recording *)object;
+  if (self == recording) {
+    PyErr_SetString(PyExc_RuntimeError, "the recording is still under way");
+    return NULL;
+  }
+  const char *fault = NULL;
+  Py_BEGIN_ALLOW_THREADS;
+  for (size_t i = 0; i < self->count && !fault; i++) {
+    const Launched *at = &self->launched[i];
+    const uint64_t *slots = self->slots + at->first;
+    size_t end = i + 1 < self->count ? at[1].first : self->used;
+    fault = at->kernel(at->grid, slots, at->checked ? slots + (end - at->first) / 3 : NULL);
+  }
+  Py_END_ALLOW_THREADS;
+  if (fault) {
+    PyErr_SetString(PyExc_RuntimeError, fault);
+    return NULL;
+  }
+  Py_RETURN_NONE;
+}
+
+static Py_ssize_t recorded(PyObject *self) { return (Py_ssize_t)((Recording *)self)->count; }
+
+static void release(PyObject *object) {
+  Recording *self = (Recording *)object;
+  PyMem_Free(self->launched);
+  PyMem_Free(self->slots);
+  Py_XDECREF(self->kept);
+  PyObject_Free(self);
+}
+
+static PyMethodDef replays[] = {
+    {"replay", replay, METH_NOARGS, "Run the recorded launches again, in order."}, {NULL}};
+static PySequenceMethods counted = {.sq_length = recorded};
+static PyTypeObject RecordingType = {
+    PyVarObject_HEAD_INIT(NULL, 0).tp_name = "kexaone.cpu.Recording",
+    .tp_basicsize = sizeof(Recording),
+    .tp_flags = Py_TPFLAGS_DEFAULT,
+    .tp_dealloc = release,
+    .tp_methods = replays,
+    .tp_as_sequence = &counted,
+};
+
+static PyObject *begin(PyObject *module, PyObject *unused) {
+  if (recording) {
+    PyErr_SetString(PyExc_RuntimeError, "launches are being recorded already");
+    return NULL;
+  }
+  Recording *self = PyObject_New(Recording, &RecordingType);
+  if (!self)
+    return NULL;
+  memset(&self->count, 0, sizeof(Recording) - offsetof(Recording, count));
+  self->thread = PyThread_get_thread_ident();
+  self->kept = PyList_New(0);
+  if (!self->kept) {
+    Py_DECREF(self);
+    return NULL;
+  }
+  recording = self;
+  return (PyObject *)self;
+}
+
+static PyObject *end(PyObject *module, PyObject *unused) {
+  recording = NULL;
+  Py_RETURN_NONE;
+}
+
 static PyMethodDef methods[] = {
-    {"make", make, METH_VARARGS, "make(kinds, span) -> a callable that launches; span(tensor) gives (start, end) or is None"}, {NULL}};
+    {"make", make, METH_VARARGS,
+     "make(kinds, span) -> a callable that launches; span(tensor) gives (start, end) or is None"},
+    {"begin", begin, METH_NOARGS, "Record this thread's launches until end(); keep what it returns."},
+    {"end", end, METH_NOARGS, "Stop recording."},
+    {NULL}};
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kexaone_cpu_launcher", NULL, -1,
                                         methods};
 
 PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit_kexaone_cpu_launcher(void) {
   data_ptr = PyUnicode_InternFromString("data_ptr");
   is_cpu = PyUnicode_InternFromString("is_cpu");
-  if (!data_ptr || !is_cpu || PyType_Ready(&LauncherType) < 0)
+  if (!data_ptr || !is_cpu || PyType_Ready(&LauncherType) < 0 ||
+      PyType_Ready(&RecordingType) < 0)
     return NULL;
   return PyModule_Create(&definition);
 }
