@@ -13,6 +13,8 @@ from . import cpu as cpu
 from . import ops as ops
 
 if TYPE_CHECKING:
+    from .autotune.user_kernels import tune as tune
+    from .autotune.why import why as why
     from .kernels.dispatch import impl as impl
     from .model.config import Config as Config
     from .model.transformer import KExaone as KExaone
@@ -26,9 +28,11 @@ _HOMES = {
     "Config": ".model.config",
     "KExaone": ".model.transformer",
     "impl": ".kernels.dispatch",
+    "tune": ".autotune.user_kernels",
+    "why": ".autotune.why",
 }
 
-__all__ = ["Config", "KExaone", "cpu", "impl", "ops"]
+__all__ = ["Config", "KExaone", "cpu", "impl", "ops", "tune", "why"]
 
 
 def __getattr__(name: str) -> Any:

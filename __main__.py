@@ -8,7 +8,8 @@ from typing import cast
 
 import typer
 
-from .autotune import commands as tuning
+from .autotune import commands as auditing
+from .autotune import tune_commands as tuning
 from .bench import commands as measuring
 from .model import commands
 
@@ -23,7 +24,8 @@ for command in (
     commands.generate,
     commands.info,
     measuring.bench,
-    tuning.audit,
+    tuning.tune,
+    auditing.audit,
 ):
     app.command()(command)
 

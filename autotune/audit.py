@@ -133,13 +133,13 @@ def judge(subject: Subject, compiled: Compiled) -> Report:
     }  # fmt: skip
     if code is None:
         return Report(**known, problems=(f"does not compile: {compiled.error}",))
-    traffic = measure(compiled.ttir, _integers(launch), launch.grid, _contents(subject))
+    traffic = traffic_of(subject, compiled)
     held = occupancy(arch, registers=code.registers, shared=code.shared, warps=max(1, code.warps))
     widths = _widths(traffic, code, arch) if traffic else ()
     lost = _unexplained(traffic, code, arch) if traffic else {}
-    executed = _executed(code, traffic) if traffic else None
-    useful, flops = _useful(subject, traffic), traffic.flops if traffic else None
-    total = executed and executed * code.warps * launch.programs
+    per_warp = executed(code, traffic) if traffic else None
+    useful, flops = useful_bytes(subject, traffic), traffic.flops if traffic else None
+    total = per_warp and per_warp * code.warps * launch.programs
     return Report(
         **known, problems=tuple(_problems(code, held.programs, widths, lost, subject)), code=code,
         occupancy=held.fraction, limit=held.limit, useful_bytes=useful, flops=flops,
@@ -172,6 +172,12 @@ def _problems(
     for kind, count in lost.items():
         if not subject.narrow:
             yield f"{count} narrow {kind}s more than its narrow accesses explain"
+
+
+def traffic_of(subject: Subject, compiled: Compiled) -> Traffic | None:
+    """What a compiled launch asks of memory; None if that was not understood."""
+    launch = subject.launch
+    return measure(compiled.ttir, _integers(launch), launch.grid, _contents(subject))
 
 
 def _integers(launch: Launch) -> dict[str, int]:
@@ -211,7 +217,7 @@ def _able(access: AccessCount, threads: int) -> bool:
     return access.wide and access.elements * access.size >= WIDE * threads
 
 
-def _useful(subject: Subject, traffic: Traffic | None) -> int:
+def useful_bytes(subject: Subject, traffic: Traffic | None) -> int:
     """What it reads of its tensors, once, and what it writes, once.
 
     That is no more than their sizes, nor than what it asks for. 0: it goes through addresses that
@@ -268,7 +274,7 @@ def _widths(traffic: Traffic, code: MachineCode, arch: Arch) -> tuple[Width, ...
     return tuple(found)
 
 
-def _executed(code: MachineCode, traffic: Traffic) -> float | None:
+def executed(code: MachineCode, traffic: Traffic) -> float | None:
     """Instructions that one warp executes, from the trip counts; None if the loops do not match.
 
     Loops are matched by their order in the program, so as many must be left in the machine code as

@@ -15,6 +15,7 @@ from rich.table import Table
 from ..model.config import Config
 from ..model.console import check_writable, console, progress, write_json
 from .measure import matmul_rate
+from .predictions import show_predictions
 from .registry import JOBS
 from .rows import Row, measure
 
@@ -28,12 +29,23 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0.1, help="Time for each row.")] = 2.0,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 keeps PyTorch's.")] = 0,
     list_ops: Annotated[bool, typer.Option("--list", help="Only list what there is.")] = False,
+    predict: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure nothing: hold the cost model against published times (a CSV) or "
+            "published choices of tiles (a folder)."
+        ),
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the rows here.")] = None,
 ) -> None:
     """Time every op, forward and backward, against its peers on this machine.
 
     All sides of a row run alternately; figures are medians. Correctness is checked first.
     """
+    if predict is not None:
+        check_writable(json)
+        write_json(json, show_predictions(predict))
+        return
     from . import jobs_matrix, jobs_rows  # noqa: F401  (they fill JOBS)
 
     names = op or list(JOBS)

@@ -64,7 +64,8 @@ class Config:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        return [Config(256, 32 if problem.narrow else 128, False, 4, 1)]
+        keys = (32, 64, 128) if problem.narrow else (128, 64, 256)
+        return [Config(rows, k, False, 4, 1) for rows in (256, 128) for k in keys]
     found = [
         Config(rows, keys, True, warps, stages)
         for rows in (128, 64, 32, 16)

@@ -61,8 +61,9 @@ class Config:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first."""
     if arch.is_cpu:
-        narrow = Config(256, 32, 256, 32, False, 4, 1)
-        return [narrow if problem.narrow else Config(256, 64, 64, 128, False, 4, 1)]
+        narrow, wide = (256, 32, 256, 32), (256, 64, 64, 128)
+        order = (narrow, wide) if problem.narrow else (wide, narrow)
+        return [Config(*tiles, False, 4, 1) for tiles in (*order, (128, 128, 128, 128))]
     found = [
         Config(rows, keys, rows_kv, keys_kv, True, warps, stages)
         for rows in (128, 64, 32, 16)

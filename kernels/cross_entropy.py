@@ -46,7 +46,7 @@ class Config:
 def configs(vocabulary: int, arch: Arch) -> list[Config]:
     """Candidates for rows of `vocabulary` logits, the default first."""
     if arch.is_cpu:
-        return [Config(4096, 4)]
+        return [Config(block, 4) for block in (4096, 2048, 8192, 1024)]
     found = [Config(block, warps) for block in (4096, 2048, 8192) for warps in (8, 4, 16)]
     return [c for c in found if feasible(c, arch)]
 

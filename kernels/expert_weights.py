@@ -21,9 +21,10 @@ def weight_configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates for tiles of a weight's gradient, summed over rows; the default first."""
     if arch.is_cpu:
         # the left operand is transposed while it is packed: wide tiles use it longer
-        if problem.rows >= 64:
-            return [Config(128, 128, 256, 64, 1, 4, 1)]
-        return [Config(128, 128, 128, 16, 1, 4, 1)]
+        depth = 64 if problem.rows >= 64 else 16
+        widths = (256, 128) if problem.rows >= 64 else (128, 256)
+        sizes = [(w, d) for w in widths for d in (depth, 2 * depth)]
+        return [Config(128, 128, w, d, 1, 4, 1) for w, d in sizes]
     size = problem.size
     return [
         Config(side, side, side, depth, 1, 8 if side == 128 else 4, stages)

@@ -41,7 +41,8 @@ def configs(columns: int, arch: Arch) -> list[Config]:
     """Candidates for moving rows of `columns` elements, the default first."""
     whole = max(128, triton.next_power_of_2(columns))
     if arch.is_cpu:
-        return [Config(min(whole, 16_384), 4)]
+        block = min(whole, 16_384)
+        return [Config(size, 4) for size in (block, block // 2) if size >= 128]
     blocks = (2048, 1024, 4096, 512)
     return [Config(min(whole, block), warps) for block in blocks for warps in (8, 4)]
 
@@ -114,7 +115,7 @@ def _permute(x: Tensor, position: Tensor) -> Tensor:
     require(slots % tokens == 0 if tokens else not slots,
             f"{slots} slots are no whole number for each of {tokens} tokens")  # fmt: skip
     out = empty(slots, columns, like=x)
-    config = pick("permute", configs, columns, x.device)
+    config = pick("permute", configs, columns, x)
     if out.numel():
         with on(x):
             _permute_kernel[(tokens, triton.cdiv(columns, config.block))](
@@ -133,7 +134,7 @@ def _unpermute(x: Tensor, position: Tensor, weights: Tensor | None, tokens: int)
         weights = weights.contiguous()
     columns = flat.shape[1]
     out = empty(tokens, columns, like=x)
-    config = pick("permute", configs, columns, x.device)
+    config = pick("permute", configs, columns, x)
     if out.numel():
         with on(x):
             _unpermute_kernel[(tokens, triton.cdiv(columns, config.block))](
@@ -152,7 +153,7 @@ def _unpermute_backward(
     columns = flat.shape[1]
     d_rows = empty(len(flat), columns, like=x)
     d_weights = empty(tokens, top_k, like=weights)
-    config = pick("permute", configs, columns, x.device)
+    config = pick("permute", configs, columns, x)
     if weights.numel():
         with on(x):
             _unpermute_backward_kernel[(top_k, tokens)](

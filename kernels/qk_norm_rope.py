@@ -169,7 +169,7 @@ def forward(
     (tokens, q_heads, dim), k_heads = q.shape, k.shape[1]
     q_out, k_out = empty(tokens, q_heads, dim, like=q), empty(tokens, k_heads, dim, like=q)
     v_out = empty(0 if v is None else tokens, k_heads, dim, like=q)
-    config = pick("qk_norm_rope", configs, dim, q.device)
+    config = pick("qk_norm_rope", configs, dim, q)
     q_tiles, k_tiles = (triton.cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
     if tiles := q_tiles + k_tiles * (1 if v is None else 2):
         with on(q):
@@ -196,7 +196,7 @@ def backward(
     q, k = (unit(x) for x in heads)
     tokens, q_heads, dim = q.shape
     k_heads = k.shape[1]
-    config = pick("qk_norm_rope", configs, dim, q.device)
+    config = pick("qk_norm_rope", configs, dim, q)
     tiles = triton.cdiv(tokens * max(q_heads, k_heads), config.rows)
     programs = min(config.programs, tiles)
     if not programs:

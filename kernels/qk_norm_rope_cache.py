@@ -101,7 +101,7 @@ def _append(
             f"{name} must be integers [{tokens}], got {index.dtype} {tuple(index.shape)}",
         )
     out = empty(tokens, q_heads, dim, like=q)
-    config = pick("qk_norm_rope", configs, dim, q.device)
+    config = pick("qk_norm_rope", configs, dim, q)
     q_tiles, k_tiles = (triton.cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
     table, sine, _ = turn.arguments(q)
     if tokens:

@@ -107,7 +107,7 @@ def _quantize(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
     count, groups = len(flat), triton.cdiv(columns, BLOCK)
     values = empty(*x.shape, like=x, dtype=torch.float8_e4m3fn)
     scales = empty(*x.shape[:-1], groups, like=x, dtype=torch.float32)
-    config = pick("quantize_fp8", configs, columns, x.device)
+    config = pick("quantize_fp8", configs, columns, x)
     if count and columns:
         with on(x):
             _kernel[grid(count, columns, config)](

@@ -50,7 +50,9 @@ def configs(columns: int, arch: Arch) -> list[Config]:
     """Candidates for rows of `columns` elements, the default first."""
     whole = max(GROUP, triton.next_power_of_2(columns))
     if arch.is_cpu:
-        return [Config(min(whole, MAX_BLOCK), 1, 4 * arch.processors, 4)]
+        block = min(whole, MAX_BLOCK)
+        tall = [r for r in (1, 2, 4) if r == 1 or columns <= block <= MAX_BLOCK // r]
+        return [Config(block, r, p * arch.processors, 4) for r in tall for p in (4, 1)]
     blocks = [min(whole, MAX_BLOCK) >> halvings for halvings in range(3)]
     programs = [waves * arch.processors for waves in (1, 2, 4)]
     found = (Config(*c) for c in itertools.product(blocks, (1, 2, 4, 8), programs, (2, 4, 8, 16)))
@@ -189,7 +191,7 @@ def forward(
     groups = triton.cdiv(columns, GROUP) if quantize else 0
     scales = empty(count, groups, like=x, dtype=torch.float32)
     rstd = empty(count, like=x, dtype=torch.float32)
-    config = pick("rms_norm", configs, columns, x.device)
+    config = pick("rms_norm", configs, columns, x)
     if count and columns:
         with on(x):
             _forward_kernel[(triton.cdiv(count, config.rows),)](
@@ -210,7 +212,7 @@ def _backward(
     columns, flat, grads = x.shape[-1], rows(x), rows(grad)
     sums = grads if sum_grad is None else rows(sum_grad)
     count, rstd = len(flat), rstd.reshape(-1).contiguous()
-    config = pick("rms_norm", configs, columns, x.device)
+    config = pick("rms_norm", configs, columns, x)
     whole = config.block >= columns
     programs = max(1, min(config.programs, count))
     out = empty(count, columns, like=x)

@@ -4,6 +4,14 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_tables(tmp_path_factory):
+    """What this user has tuned must not change what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KEXAONE_CACHE_DIR", str(tmp_path_factory.mktemp("tables")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def subnormal_numbers():
     """An object that Inductor builds switches them off for the process that loads it.

@@ -1,0 +1,95 @@
+"""One run of the tuner over many tasks: alone on its machine, and saved as it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from filelock import Timeout
+
+from ..kernels.arch import arch_of
+from ..kernels.table_files import user_file
+from .store import locked, save
+from .tasks import Maker, Setting
+from .tuner import Outcome, Tuner
+
+_WAIT_SECONDS = 3600.0
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name. Raises ValueError where kernels cannot run on it."""
+    if name != "cpu":
+        raise ValueError(f"kernels are measured on cpu, not on {name!r}")
+    return torch.device(name)
+
+
+def dtype_of(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]
+
+
+def tune_all(
+    makers: Sequence[tuple[Maker, Setting]],
+    *,
+    seconds: float,
+    top: int = 8,
+    repeat: bool = False,
+    done: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> tuple[list[Outcome], list[str]]:
+    """Outcomes of all tasks, and what went wrong in saving them.
+
+    Only one process of a machine measures at a time: another waits, and then finds the entries of
+    the first. So processes of one job that share a cache directory choose alike.
+    """
+    if not makers:
+        return [], []
+    arch = arch_of(makers[0][1].device).name
+    outcomes, trouble, seen = [], [], set()
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(
+                locked(user_file(arch), seconds=_WAIT_SECONDS, suffix=".tuning.lock")
+            )
+        except (OSError, Timeout) as error:
+            trouble.append(f"tuning without a lock: {error}")
+        from ..kernels import tables
+
+        # what another process wrote while this one waited
+        tables.reload()
+        tuner = Tuner(seconds=seconds, top=top, **options)
+        for maker, setting in makers:
+            task = maker(setting)
+            found = [o for o in tuner.tune(task, repeat=repeat) if _new(o, seen)]
+            outcomes += found
+            entries = [o.entry for o in found if o.entry is not None]
+            if entries and (problem := save(arch, entries)) and problem not in trouble:
+                trouble.append(problem + "; the choices hold in this process only")
+            done(f"{task.op} {task.problem}")
+    return outcomes, trouble
+
+
+def _new(outcome: Outcome, seen: set[str]) -> bool:
+    """Whether a kernel and problem was not met in an earlier task."""
+    name = f"{outcome.op} {outcome.problem}"
+    fresh = name not in seen
+    seen.add(name)
+    return fresh
+
+
+def to_json(outcome: Outcome) -> dict[str, Any]:
+    """Plain values of an outcome."""
+    return {
+        "op": outcome.op,
+        "problem": outcome.problem,
+        "note": outcome.note,
+        "tried": outcome.tried,
+        "entry": dataclasses.asdict(outcome.entry) if outcome.entry else None,
+        "predicted_us": list(outcome.predicted),
+        "medians_us": [m * 1e6 for m in outcome.verdict.medians] if outcome.verdict else [],
+    }
