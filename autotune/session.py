@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -82,14 +81,25 @@ def _new(outcome: Outcome, seen: set[str]) -> bool:
     return fresh
 
 
-def to_json(outcome: Outcome) -> dict[str, Any]:
-    """Plain values of an outcome."""
-    return {
-        "op": outcome.op,
-        "problem": outcome.problem,
-        "note": outcome.note,
-        "tried": outcome.tried,
-        "entry": dataclasses.asdict(outcome.entry) if outcome.entry else None,
-        "predicted_us": list(outcome.predicted),
-        "medians_us": [m * 1e6 for m in outcome.verdict.medians] if outcome.verdict else [],
-    }
+def calibrate(device: torch.device) -> dict[str, Any]:
+    """Fits the description of a device; what its factors were and are, as plain values."""
+    from . import calibrate as calibrating
+    from .model import machine_for
+
+    before = machine_for(arch_of(device).name)
+    machine, path = calibrating.calibrate("cpu", device)
+    pairs = [
+        ("launch", before.launch_us, machine.launch_us, "us"),
+        ("memory", before.memory_rate / 1e3, machine.memory_rate / 1e3, "GB/s"),
+        ("cache", before.cache_rate / 1e3, machine.cache_rate / 1e3, "GB/s"),
+        *(
+            (kind, before.rate(before.matrix_flops_per_clock[kind], "matrix") / 1e3,
+             machine.rate(flops, "matrix") / 1e3, "GFLOP/s")
+            for kind, flops in machine.matrix_flops_per_clock.items()
+        ),
+    ]  # fmt: skip
+    readings = [
+        {"name": name, "before": old, "after": new, "what": f"{old:.1f} -> {new:.1f} {unit}"}
+        for name, old, new, unit in pairs
+    ]
+    return {"file": str(path), "readings": readings}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as json_format
 import re
 from collections.abc import Sequence
@@ -42,6 +43,9 @@ def tune(
     out: Annotated[
         Path | None, typer.Option(help="With --static: the table to write; default the user's.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Only fit the cost model to this device.")
+    ] = False,
     json: Annotated[Path | None, typer.Option("--json", help="Write the outcomes here.")] = None,
 ) -> None:
     """Find the fastest configuration of every kernel, and keep it for all later runs.
@@ -59,28 +63,50 @@ def tune(
         static_commands.tune(target, op or [], seconds=seconds, top=top, repeat=repeat, out=out,
                              json=json)  # fmt: skip
         return
+    if calibrate:
+        value = _calibrate(device)
+    else:
+        makers = _makers(op or [], preset, tokens or [512], device, dtype)
+        outcomes = _run(makers, seconds=seconds, top=top, repeat=repeat)
+        # a row is kept whole where the terminal is narrower
+        Console(markup=False, highlight=False, width=_WIDTH).print(table_of(outcomes))
+        value = {"outcomes": [to_json(outcome) for outcome in outcomes]}
+    if json is not None:
+        json.write_text(json_format.dumps(value, indent=2) + "\n")
+
+
+def _makers(
+    ops: list[str], preset: str, tokens: list[int], device: str, dtype: str
+) -> list[tuple[Maker, Setting]]:
+    """What is to be tuned, and at which sizes. Raises ValueError."""
     from . import session
     from .tasks import DECODING, OPS, SHAPES, TRAINING, Setting
 
-    if unknown := sorted(set(op or ()) - set(OPS)):
+    if unknown := sorted(set(ops) - set(OPS)):
         raise ValueError(f"no op {unknown[0]!r} to tune; there are {', '.join(OPS)}")
     if preset not in SHAPES:
         raise ValueError(f"no preset {preset!r}; there are {', '.join(SHAPES)}")
     where, kind = session.device_of(device), session.dtype_of(dtype)
-    makers = [
+    return [
         (maker, Setting(SHAPES[preset], count, where, kind))
-        for table, counts in ((TRAINING, tokens or [512]), (DECODING, _DECODING_TOKENS))
+        for table, counts in ((TRAINING, tokens), (DECODING, _DECODING_TOKENS))
         for name, listed in table.items()
-        if not op or name in op
+        if not ops or name in ops
         for maker in listed
         for count in counts
     ]
-    outcomes = _run(makers, seconds=seconds, top=top, repeat=repeat)
-    # a row is kept whole where the terminal is narrower
-    Console(markup=False, highlight=False, width=_WIDTH).print(table_of(outcomes))
-    if json is not None:
-        value = [session.to_json(outcome) for outcome in outcomes]
-        json.write_text(json_format.dumps({"outcomes": value}, indent=2) + "\n")
+
+
+def _calibrate(device: str) -> dict[str, Any]:
+    """Fits the cost model and prints what changed."""
+    from . import session
+
+    value = session.calibrate(session.device_of(device))
+    terminal = Console(markup=False, highlight=False, width=_WIDTH)
+    for line in value["readings"]:
+        terminal.print(f"{line['name']}: {line['what']}")
+    terminal.print(f"kept in {value['file']}")
+    return value
 
 
 def _run(
@@ -136,13 +162,26 @@ def _row(outcome: Outcome) -> list[str]:
     entry = outcome.entry
     if entry is None:
         return [outcome.op, problem, *[""] * 6, outcome.note]
-    default, chosen, predicted = (
-        entry.figures[name] for name in ("default_us", "chosen_us", "predicted_us")
-    )
+    default, chosen = (entry.figures[name] for name in ("default_us", "chosen_us"))
+    predicted = entry.figures.get("predicted_us")
+    shown = "" if predicted is None else f"{predicted:.0f}"
     return [
-        outcome.op, problem, f"{default:.0f}", f"{chosen:.0f}", f"{predicted:.0f}",
+        outcome.op, problem, f"{default:.0f}", f"{chosen:.0f}", shown,
         f"{default / chosen:.2f}x", str(outcome.tried), pairs(entry.config), outcome.note,
     ]  # fmt: skip
+
+
+def to_json(outcome: Outcome) -> dict[str, Any]:
+    """Plain values of an outcome."""
+    return {
+        "op": outcome.op,
+        "problem": outcome.problem,
+        "note": outcome.note,
+        "tried": outcome.tried,
+        "entry": dataclasses.asdict(outcome.entry) if outcome.entry else None,
+        "predicted_us": list(outcome.predicted),
+        "medians_us": [m * 1e6 for m in outcome.verdict.medians] if outcome.verdict else [],
+    }
 
 
 def pairs(values: Any) -> str:

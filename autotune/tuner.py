@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels import tables
 from ..kernels.arch import Arch
-from ..kernels.dispatch import impl
+from ..kernels.dispatch import impl, implementations
 from ..kernels.launch import on
 from ..kernels.sources import name_of, source_hash
 from ..kernels.table_files import Entry, plain, within
@@ -99,11 +99,16 @@ def knobs_of(call: Callable[[], object]) -> list[Knob]:
     found: dict[tuple[Any, ...], Knob] = {}
     with launches_of() as held, impl("triton"):
         call()
+    kernels = {}
     for decision, launch in held:
         fresh = Knob(decision)
         knob = found.setdefault(fresh.identity, fresh)
         knob.kernels[name_of(launch.kernel)] = source_hash(launch.kernel)
-    return list(found.values())
+        kernels |= knob.kernels
+    with recording() as decisions:
+        call()
+    whole = [Knob(d, kernels) for d in decisions if d.configs is implementations]
+    return [*found.values(), *{k.identity: k for k in whole}.values()]
 
 
 def settled(knob: Knob) -> bool:
@@ -177,9 +182,12 @@ class Tuner:
             launches = self._prepare(knob, candidate, call, oracle)
             if launches is None:
                 refused += 1
+                continue
+            tried.append(candidate)
+            if d.configs is implementations:
+                runs.append(_whole(d.op, candidate, call))
             else:
                 runs.append(_together(launches))
-                tried.append(candidate)
                 predicted.append(sum(predicted_us(launch, d.arch) for launch in launches))
         problem = plain(d.problem)
         if not tried or tried[0] != default:
@@ -192,7 +200,7 @@ class Tuner:
             d.op, d.arch.name, d.machine, d.dtype, problem, knob.kernels,
             (triton_release(), triton_release()), plain(tried[verdict.winner]), "measured",
             {"chosen_us": round(best * 1e6, 2), "default_us": round(first * 1e6, 2),
-             "predicted_us": round(predicted[verdict.winner], 2)},
+             **({"predicted_us": round(predicted[verdict.winner], 2)} if predicted else {})},
         )  # fmt: skip
         note = "certain" if verdict.certain else "the best so far"
         note += f", {refused} refused" if refused else ""
@@ -204,13 +212,24 @@ class Tuner:
         """A candidate's launches; None if it does not compile or is not accurate."""
         d = knob.decision
         try:
-            with use(d.op, candidate), impl("triton"), launches_of(d.op) as held:
+            scope = nullcontext() if d.configs is implementations else impl("triton")
+            with use(d.op, candidate), scope, launches_of(d.op) as held:
                 result = call()
         except Exception:  # whatever the compiler raises; the default has been seen to work
             return None
         if not oracle.accepts(result):
             return None
         return [launch for decision, launch in held if decision.problem == d.problem]
+
+
+def _whole(op: str, candidate: Any, call: Callable[[], object]) -> Callable[[], None]:
+    """A call by one implementation."""
+
+    def again() -> None:
+        with use(op, candidate):
+            call()
+
+    return again
 
 
 def _together(launches: list[Held]) -> Callable[[], None]:

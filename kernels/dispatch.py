@@ -16,6 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arch import Arch
+from .tables import Decision, decision_of, pick
+
 IMPLEMENTATIONS = ("reference", "aten", "triton")
 LAUNCH_BOUND = 2**20
 """Multiplications that a processor does in about the time of two kernel launches."""
@@ -36,6 +39,18 @@ class Choice:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """What the tuner chooses from where an op names itself to `choose`."""
+
+    name: str
+
+
+def implementations(problem: tuple[int, ...], arch: Arch) -> list[Implementation]:
+    """Candidates for inputs of so many elements (a power of two), the default first."""
+    return [Implementation("triton"), Implementation("reference")]
 
 
 @contextmanager
@@ -71,22 +86,43 @@ _MISSING = _triton_missing()
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int32, torch.int64)
 
 
-def choose(x: Tensor, *, aten: bool = False, work: int | None = None) -> str:
+def choose(x: Tensor, *, aten: bool = False, work: int | None = None, op: str | None = None) -> str:
     """The implementation for an op on `x`; `aten` says whether the op has one of that name.
 
     `x` is the op's first floating-point tensor, or its integers where it has no other. `work` is
     its multiplications, for an op that runs in plain PyTorch where they are few (see `explain`).
+    `op` is its name, for one whose implementation the tuning tables choose.
     """
     override = _scope.override
     if override is not None and override != "triton":
         return "aten" if override == "aten" and aten else "reference"
-    return "reference" if _obstacle(x) or (override is None and _small(x, work)) else "triton"
+    if _obstacle(x) or (override is None and _small(x, work)):
+        return "reference"
+    return "triton" if override is not None or op is None else _tuned(op, x)
 
 
-def explain(x: Tensor, *, aten: bool = False, work: int | None = None) -> Choice:
+def _tuned(op: str, x: Tensor) -> str:
+    """What the tables say; a compiled graph takes the kernels, as for `_small`."""
+    if torch.compiler.is_compiling() or x.device.type == "meta":
+        return "triton"
+    return pick(*_question(op, x)).name
+
+
+def _question(op: str, x: Tensor) -> tuple:
+    size = 1 << max(0, x.numel() - 1).bit_length()
+    return f"{op} implementation", implementations, (size,), x
+
+
+def explain(
+    x: Tensor, *, aten: bool = False, work: int | None = None, op: str | None = None
+) -> Choice:
     """`choose` with its reason."""
     asked = "asked for by kexaone.impl"
-    name = choose(x, aten=aten, work=work)
+    name = choose(x, aten=aten, work=work, op=op)
+    if op is not None and _scope.override is None and not _obstacle(x):
+        decision: Decision = decision_of(*_question(op, x))
+        if decision.entry is not None:
+            return Choice(name, decision.reason)
     if name != "triton" and _scope.override not in (None, "triton"):
         return Choice(name, asked)
     default = "the default for its dtype and device"

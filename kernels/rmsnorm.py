@@ -299,7 +299,7 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float = 1e-5) -> Tensor:
     Raises:
         ValueError: weight does not have shape [N].
     """
-    if choose(x) == "reference":
+    if choose(x, op="rms_norm") == "reference":
         return rms_norm_reference(x, weight, eps=eps)
     return _norm(x, weight, eps)[0]
 
@@ -309,7 +309,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e
 
     Arguments as for `rms_norm`; residual has the shape and dtype of x.
     """
-    if choose(x) == "reference":
+    if choose(x, op="add_rms_norm") == "reference":
         total = x + residual
         return NormedSum(rms_norm_reference(total, weight, eps=eps), total)
     normed, total, _ = _add_norm(x, residual, weight, eps)

@@ -76,14 +76,23 @@ def pick(op: str, configs: Configs, problem: Hashable, at: Tensor | torch.device
     forced = _forced.get(op)
     if forced is not None and not _recorders:
         return forced
+    found = decision_of(op, configs, problem, at)
+    for recorder in _recorders:
+        recorder.append(found)
+    return found.config
+
+
+def decision_of(
+    op: str, configs: Configs, problem: Hashable, at: Tensor | torch.device
+) -> Decision:
+    """`pick` with its reason."""
+    forced = _forced.get(op)
     device, dtype = (at.device, _name(at.dtype)) if isinstance(at, Tensor) else (at, "")
     arch = arch_of(device)
     found = decide(op, configs, problem, dtype, arch, machine_of(arch, device))
     if forced is not None:
-        found = Decision(op, problem, dtype, arch, found.machine, forced, "forced here", configs)
-    for recorder in _recorders:
-        recorder.append(found)
-    return found.config
+        return Decision(op, problem, dtype, arch, found.machine, forced, "forced here", configs)
+    return found
 
 
 @functools.lru_cache(maxsize=64)

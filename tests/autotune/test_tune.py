@@ -22,6 +22,7 @@ from kexaone.autotune.tasks import DECODING, SHAPES, TRAINING, Setting
 from kexaone.autotune.tune_commands import parse_seconds
 from kexaone.autotune.tuner import knobs_of, settled
 from kexaone.kernels import table_files, tables
+from kexaone.kernels.dispatch import choose, explain
 from kexaone.kernels.table_files import user_file
 from kexaone.model.config import Config
 
@@ -178,10 +179,47 @@ def test_why_prints_what_is_used_and_the_reason(capsys):
     x, weight = torch.randn(4, 256), torch.randn(256)
     lines = kexaone.why(kexaone.ops.rms_norm, x, weight)
     assert capsys.readouterr().out.splitlines() == lines
-    assert lines[0].startswith("rms_norm (256, float32): block=256")
-    assert "first candidate" in lines[0]
+    assert lines[0].startswith("rms_norm implementation (1024, float32): name=triton")
+    assert lines[1].startswith("rms_norm (256, float32): block=256")
+    assert all("first candidate" in line for line in lines)
     with kexaone.impl("reference"):
         assert kexaone.why(kexaone.ops.rms_norm, x, weight) == ["no kernel of kexaone was launched"]
+
+
+def test_the_implementation_is_chosen_like_any_other_configuration():
+    (maker, setting), = mini("linear_skinny", DECODING, tokens=4)  # fmt: skip
+    clock = Noisy(0, 0.0)
+    clock_of = {"triton": 2.0, "reference": 1.0}
+    from kexaone.autotune import tuner
+
+    whole = tuner._whole
+
+    def priced(op, candidate, call):
+        run = whole(op, candidate, call)
+        run.seconds = clock_of[candidate.name]
+        return run
+
+    def priced_kernels(launches):
+        def run():
+            pass
+
+        run.seconds = 1.0
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuner, "_whole", priced)
+        patch.setattr(tuner, "_together", priced_kernels)
+        outcomes, _ = session.tune_all([(maker, setting)], seconds=30, clock=clock)
+    chosen = {o.op: o.entry for o in outcomes if o.entry}
+    assert chosen["linear_skinny implementation"].config == {"name": "reference"}
+    task = maker(setting)
+    assert choose(task.inputs[0], op="linear_skinny") == "reference"
+    reason = explain(task.inputs[0], op="linear_skinny").reason
+    assert "measured" in reason and "2.00 times as fast" in reason
+    # asked for is asked for, and a compiled graph keeps the kernels
+    with kexaone.impl("triton"):
+        assert choose(task.inputs[0], op="linear_skinny") == "triton"
+    assert choose(task.inputs[0]) == "triton"
 
 
 def command(monkeypatch, capsys, *arguments):
