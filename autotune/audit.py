@@ -49,7 +49,9 @@ class Report:
 
     `moved_per_useful`: bytes requested from memory, in 32-byte sectors and before any cache, per
     byte of the tensors it was given. Instructions are those of a warp, per KiB of these tensors and
-    per thousand floating-point operations of matrix products. `exact` is False where the kernel is
+    per thousand floating-point operations of matrix products; matrix instructions per million.
+    `mma_work`: operations that the matrix instructions do per operation of the source's products;
+    above 1 warps repeat each other's work or tiles are padded. `exact` is False where the kernel is
     steered by data that was not there.
     """
 
@@ -69,6 +71,8 @@ class Report:
     moved_per_useful: float | None = None
     instructions_per_kib: float | None = None
     instructions_per_kiloflop: float | None = None
+    mma_per_megaflop: float | None = None
+    mma_work: float | None = None
     exact: bool = False
     widths: tuple[Width, ...] = ()
 
@@ -140,12 +144,14 @@ def judge(subject: Subject, compiled: Compiled) -> Report:
     per_warp = executed(code, traffic) if traffic else None
     useful, flops = useful_bytes(subject, traffic), traffic.flops if traffic else None
     total = per_warp and per_warp * code.warps * launch.programs
+    matrix = _products(code, traffic, launch.programs)
     return Report(
         **known, problems=tuple(_problems(code, held.programs, widths, lost, subject)), code=code,
         occupancy=held.fraction, limit=held.limit, useful_bytes=useful, flops=flops,
         moved_per_useful=traffic.moved / useful if traffic and useful else None,
         instructions_per_kib=total / useful * 1024 if total and useful else None,
         instructions_per_kiloflop=total / flops * 1000 if total and flops else None,
+        mma_per_megaflop=matrix[0], mma_work=matrix[1],
         exact=traffic is not None and traffic.exact, widths=widths,
     )  # fmt: skip
 
@@ -182,7 +188,7 @@ def traffic_of(subject: Subject, compiled: Compiled) -> Traffic | None:
 
 def _integers(launch: Launch) -> dict[str, int]:
     """Values of the integers, and offsets of the tensors into their memory."""
-    values = {n: t.data_ptr() for n, t in launch.tensors.items()}
+    values = {n: t.data_ptr() - t.untyped_storage().data_ptr() for n, t in launch.tensors.items()}
     known = {n: v for n, v in launch.arguments.items() if n not in launch.unknown}
     return values | {n: int(v) for n, v in known.items() if isinstance(v, int)}
 
@@ -275,7 +281,26 @@ def _widths(traffic: Traffic, code: MachineCode, arch: Arch) -> tuple[Width, ...
 
 
 def executed(code: MachineCode, traffic: Traffic) -> float | None:
-    """Instructions that one warp executes, from the trip counts; None if the loops do not match.
+    """Instructions that one warp executes, from the trip counts; None if the loops do not match."""
+    times = _times(code, traffic)
+    return None if times is None else float(times.sum())
+
+
+def _products(
+    code: MachineCode, traffic: Traffic | None, programs: int
+) -> tuple[float | None, float | None]:
+    """Matrix instructions executed per million operations asked for, and what these do per one."""
+    times = _times(code, traffic) if traffic is not None else None
+    if times is None or traffic is None or not traffic.flops or not code.products:
+        return None, None
+    each = [float(times[p.at]) * code.warps * programs for p in code.products]
+    sizes = [p.flops for p in code.products if p.flops is not None]
+    work = sum(t * s for t, s in zip(each, sizes, strict=False)) / traffic.flops
+    return sum(each) / traffic.flops * 1e6, work if len(sizes) == len(each) else None
+
+
+def _times(code: MachineCode, traffic: Traffic) -> np.ndarray | None:
+    """How often one warp executes each instruction.
 
     Loops are matched by their order in the program, so as many must be left in the machine code as
     there are in the source.
@@ -286,4 +311,4 @@ def executed(code: MachineCode, traffic: Traffic) -> float | None:
     weights = np.ones(code.instructions)
     for loop, count in zip(code.loops, trips, strict=True):
         weights[loop.first : loop.last + 1] = count
-    return float(weights.sum())
+    return weights

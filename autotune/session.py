@@ -62,9 +62,10 @@ def tune_all(
         # what another process wrote while this one waited
         tables.reload()
         tuner = Tuner(seconds=seconds, top=top, **options)
-        for maker, setting in makers:
+        for position, (maker, setting) in enumerate(makers):
             task = maker(setting)
-            found = [o for o in tuner.tune(task, repeat=repeat) if _new(o, seen)]
+            tuned = tuner.tune(task, repeat=repeat, tasks_left=len(makers) - position)
+            found = [o for o in tuned if _new(o, seen)]
             outcomes += found
             entries = [o.entry for o in found if o.entry is not None]
             if entries and (problem := save(arch, entries)) and problem not in trouble:

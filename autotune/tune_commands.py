@@ -162,11 +162,11 @@ def _row(outcome: Outcome) -> list[str]:
     entry = outcome.entry
     if entry is None:
         return [outcome.op, problem, *[""] * 6, outcome.note]
-    default, chosen = (entry.figures[name] for name in ("default_us", "chosen_us"))
-    predicted = entry.figures.get("predicted_us")
-    shown = "" if predicted is None else f"{predicted:.0f}"
+    default, chosen, predicted = (
+        entry.figures[name] for name in ("default_us", "chosen_us", "predicted_us")
+    )
     return [
-        outcome.op, problem, f"{default:.0f}", f"{chosen:.0f}", shown,
+        outcome.op, problem, f"{default:.0f}", f"{chosen:.0f}", f"{predicted:.0f}",
         f"{default / chosen:.2f}x", str(outcome.tried), pairs(entry.config), outcome.note,
     ]  # fmt: skip
 
@@ -179,7 +179,6 @@ def to_json(outcome: Outcome) -> dict[str, Any]:
         "note": outcome.note,
         "tried": outcome.tried,
         "entry": dataclasses.asdict(outcome.entry) if outcome.entry else None,
-        "predicted_us": list(outcome.predicted),
         "medians_us": [m * 1e6 for m in outcome.verdict.medians] if outcome.verdict else [],
     }
 

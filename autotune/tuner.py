@@ -69,7 +69,6 @@ class Outcome:
     entry: Entry | None = None
     verdict: Verdict | None = None
     tried: int = 0
-    predicted: tuple[float, ...] = ()
 
 
 @contextmanager
@@ -128,7 +127,8 @@ class Tuner:
     """Tunes tasks on a device until its time is up.
 
     `rank` orders the candidates of a decision, the most promising first, and `top` of them are
-    tried, the default always among them. `clock` times one run.
+    tried, the default always among them. `share` is the most that one contest takes. `clock` times
+    one run.
     """
 
     def __init__(
@@ -148,11 +148,16 @@ class Tuner:
     def left(self) -> float:
         return self.deadline - time.monotonic()
 
-    def tune(self, task: Task, *, repeat: bool = False) -> list[Outcome]:
-        """The outcome for every knob of a task; with `repeat` also for those that are settled."""
+    def tune(self, task: Task, *, repeat: bool = False, tasks_left: int = 1) -> list[Outcome]:
+        """The outcome for every knob of a task; with `repeat` also for those that are settled.
+
+        What time is left is divided among `tasks_left` tasks, this one included, and its knobs.
+        """
         call = _call(task)
         found, oracle = [], None
-        for knob in knobs_of(call):
+        until = time.monotonic() + self.left / tasks_left
+        knobs = knobs_of(call)
+        for position, knob in enumerate(knobs):
             d = knob.decision
             candidates = self.rank(d, list(dict.fromkeys(d.configs(d.problem, d.arch))))
             problem = plain(d.problem)
@@ -164,47 +169,49 @@ class Tuner:
                 found.append(Outcome(d.op, problem, "out of time"))
             else:
                 oracle = oracle or Oracle(task)
-                found.append(self._decide(knob, candidates, call, oracle))
+                seconds = (until - time.monotonic()) / (len(knobs) - position)
+                found.append(self._decide(knob, candidates, call, oracle, max(1.0, seconds)))
         return found
 
     def _decide(
-        self, knob: Knob, ranked: list[Any], call: Callable[[], list[Tensor]], oracle: Oracle
-    ) -> Outcome:
+        self, knob: Knob, ranked: list[Any], call: Callable[[], list[Tensor]], oracle: Oracle,
+        seconds: float,
+    ) -> Outcome:  # fmt: skip
+        """The outcome for one knob: half of the time is for compiling and checking."""
         d = knob.decision
         default = d.configs(d.problem, d.arch)[0]
         # the default first: between equals it stays
         order = [default, *(c for c in ranked[: self.top] if c != default)]
-        runs, tried, predicted, refused = [], [], [], 0
-        enough = time.monotonic() + max(self.share, self.left / 8)
+        runs, tried, made, refused = [], [], [], 0
+        enough = time.monotonic() + seconds / 2
         for candidate in order:
-            if runs and (time.monotonic() > enough or self.left <= 0):
+            if len(runs) > 1 and time.monotonic() > enough:
                 break
             launches = self._prepare(knob, candidate, call, oracle)
             if launches is None:
                 refused += 1
                 continue
             tried.append(candidate)
-            if d.configs is implementations:
-                runs.append(_whole(d.op, candidate, call))
-            else:
-                runs.append(_together(launches))
-                predicted.append(sum(predicted_us(launch, d.arch) for launch in launches))
+            made.append(launches)
+            whole = d.configs is implementations
+            runs.append(_whole(d.op, candidate, call) if whole else _together(launches))
         problem = plain(d.problem)
         if not tried or tried[0] != default:
             return Outcome(d.op, problem, "the default fails the accuracy check")
-        seconds = min(self.share, max(0.3, self.left / 8))
         with torch.no_grad():
-            verdict = compete(runs, seconds=seconds, between=self.flush, clock=self.clock)
+            verdict = compete(runs, seconds=min(self.share, max(0.3, seconds / 2)),
+                              between=self.flush, clock=self.clock)  # fmt: skip
+        predicted = sum(predicted_us(held, d.arch) for held in made[verdict.winner])
         best, first = verdict.medians[verdict.winner], verdict.medians[0]
         entry = Entry(
             d.op, d.arch.name, d.machine, d.dtype, problem, knob.kernels,
             (triton_release(), triton_release()), plain(tried[verdict.winner]), "measured",
             {"chosen_us": round(best * 1e6, 2), "default_us": round(first * 1e6, 2),
-             **({"predicted_us": round(predicted[verdict.winner], 2)} if predicted else {})},
+             "predicted_us": round(predicted, 2)},
         )  # fmt: skip
         note = "certain" if verdict.certain else "the best so far"
         note += f", {refused} refused" if refused else ""
-        return Outcome(d.op, problem, note, entry, verdict, len(tried), tuple(predicted))
+        return Outcome(d.op, problem, note, entry, verdict, len(tried))
 
     def _prepare(
         self, knob: Knob, candidate: Any, call: Callable[[], list[Tensor]], oracle: Oracle
