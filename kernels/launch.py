@@ -13,6 +13,7 @@ from ..cpu.activation import active
 from .arch import targeted
 
 _library = torch.library.Library("kexaone", "FRAGMENT")
+_kernels: dict[str, Callable[..., Any]] = {}
 _allocate = torch.empty
 
 
@@ -48,6 +49,7 @@ def register(
         return (fake if targeted() is None else kernel)(*args, **named)
 
     name = schema.split("(")[0]
+    _kernels[f"kexaone::{name}"] = kernel
     _library.define(schema)
     _library.impl(name, kernel, "CPU")
     _library.impl(name, kernel, "CUDA")
@@ -57,6 +59,11 @@ def register(
             f"kexaone::{name}", backward, setup_context=setup_context, lib=_library
         )
     return getattr(torch.ops.kexaone, name).default
+
+
+def kernel_of(op: Any) -> Callable[..., Any] | None:
+    """What a registered op runs; None if the op is not one of ours."""
+    return _kernels.get(op.name().removesuffix(".default"))
 
 
 def require(holds: bool, message: str) -> None:
