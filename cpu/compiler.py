@@ -69,8 +69,10 @@ class CpuBackend(_Base):
         return target.backend == "cpu"
 
     def hash(self) -> str:
+        from .store import require_folder
         from .target import build_key
 
+        require_folder()
         return hashlib.sha256(build_key().encode()).hexdigest()
 
     def parse_options(self, options: dict[str, Any]) -> Options:
@@ -92,7 +94,9 @@ class CpuBackend(_Base):
     # a default for `language`, which the base class of Triton 3.8 does not have
     def add_stages(self, stages: dict, options: Any, language: Any = None) -> None:
         from . import stages as pipeline
+        from .store import require_room
 
+        require_room()
         stages["ttir"] = lambda module, metadata: pipeline.make_ttir(module, metadata, options)
         stages["cpp"] = lambda module, metadata: pipeline.make_cpp(module, metadata, options)
         stages["so"] = lambda source, metadata: pipeline.make_so(source, metadata)

@@ -49,9 +49,10 @@ def emit_dot(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
     out = _accumulator_buffer(function, op, c, here)
     tile_a = here.materialize(a, form)
     transposed, source = transposed_source(function, b)
-    along_k = not transposed and runs_along_k(function, b)
     *batch, m, k = a.type.dims
-    if m <= _FEW_ROWS and (transposed or along_k):
+    few = m <= _FEW_ROWS
+    along_k = not transposed and runs_along_k(function, b, held=few)
+    if few and (transposed or along_k):
         function.scope.ahead = _STEPS_AHEAD * k
     tile_b = here.materialize(source, form, transposed=along_k)
     function.scope.ahead = 0
@@ -88,15 +89,21 @@ def transposed_source(function: FunctionEmitter, b: Value) -> tuple[bool, Value]
     return False, b
 
 
-def runs_along_k(function: FunctionEmitter, b: Value) -> bool:
-    """Whether B [K, N] is read from memory in which K is the contiguous dimension."""
+def runs_along_k(function: FunctionEmitter, b: Value, held: bool) -> bool:
+    """Whether B [K, N] is read from memory in which K is the contiguous dimension.
+
+    `held`: also where a buffer holds it by rows. A product of few rows adds in an order that
+    follows from the answer, which must not depend on what else is in the kernel, such as checks.
+    """
     analysis = function.analysis
-    while b not in function.scope.buffers and analysis.is_inline(b):
+    while analysis.is_inline(b) and (held or b not in function.scope.buffers):
         if b in analysis.splits or len(b.type.dims) != 2:
             return False
         op = analysis.definition[b]
         if op.name == "tt.load":
             return analysis.unit_dim(op.operands[0]) == 0
+        if op.name == "tt.trans":
+            return held
         if op.name not in ELEMENTWISE or len(op.operands) != 1:
             return False
         b = op.operands[0]

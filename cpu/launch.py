@@ -4,24 +4,34 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.machinery
 import importlib.util
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import store
 from .target import build, build_key
+
+# cache key and file name of the kernel that Triton loads next in this thread
+_next = threading.local()
 
 # kinds of the C launcher, one letter per argument
 _FLOAT_KINDS = {"fp64": "d", "fp32": "f", "f32": "f", "fp16": "h", "bf16": "y"}
 
 
 def load(name: str, binary: bytes) -> tuple[ctypes.CDLL, int]:
-    """Load a kernel and return the library (which keeps it alive) and the entry's address."""
+    """Load a kernel and return the library (which keeps it alive) and the entry's address.
+
+    Raises:
+        RuntimeError: the kernel is damaged, and what it was built from as well.
+    """
+    if not store.is_whole(binary):
+        binary = _rebuild(name, binary)
     with tempfile.NamedTemporaryFile(prefix="kexaone-cpu-", suffix=".so") as file:
         file.write(binary)
         file.flush()
@@ -31,21 +41,38 @@ def load(name: str, binary: bytes) -> tuple[ctypes.CDLL, int]:
     return library, address
 
 
+def _rebuild(name: str, damaged: bytes) -> bytes:
+    """Build a kernel again from the C++ that Triton keeps beside it, and put it in its place."""
+    from triton import knobs
+    from triton.runtime.cache import get_cache_manager
+
+    key, file = getattr(_next, "kernel", ("", ""))
+    cache = get_cache_manager(key)
+    binary, source = (cache.get_file(f"{file}.{ending}") for ending in ("so", "cpp"))
+    try:
+        if not (binary and source) or Path(binary).read_bytes() != damaged:
+            raise RuntimeError("its source is not there")
+        built = store.seal(build(Path(source).read_text()))
+    except (RuntimeError, UnicodeDecodeError) as error:
+        where = f"is damaged in Triton's cache folder {knobs.cache.dir}"
+        raise RuntimeError(f"the kernel {name} {where}: delete that folder") from error
+    cache.put(built, f"{file}.so", binary=True)
+    return built
+
+
 @functools.lru_cache(maxsize=1)
 def launcher_module() -> ModuleType:
     """The C launcher, built once per machine and kept in Triton's cache folder."""
-    from triton.runtime.cache import get_cache_manager
-
     name = "kexaone_cpu_launcher"
     include = sysconfig.get_paths()["include"]
     key = f"{build_key()}|{include}|{sysconfig.get_config_var('SOABI')}"
-    cache = get_cache_manager(hashlib.sha256(key.encode()).hexdigest())
-    path = cache.get_file(f"{name}.so")
-    if path is None:
+
+    def make() -> bytes:
         source = (Path(__file__).parent / "launcher.c").read_text()
-        binary = build(source, f"-I{include}", "-x", "c", "-std=gnu11", language="c")
-        path = cache.put(binary, f"{name}.so", binary=True)
-    loader = importlib.machinery.ExtensionFileLoader(name, path)
+        return build(source, f"-I{include}", "-x", "c", "-std=gnu11", language="c")
+
+    path = store.kept(key, f"{name}.so", make)
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
@@ -90,6 +117,8 @@ def _flatten(ty: Any, value: Any) -> Iterator[tuple[str, Any]]:
 
 def make_launcher(source: Any, metadata: Any) -> Callable[..., None]:
     """The callable that Triton uses for `kernel[grid](...)` (see launcher.c for its arguments)."""
+    # Triton makes a kernel's launcher right before it loads the kernel
+    _next.kernel = metadata.hash, source.name[:150]
     signature = tuple(source.signature.values())
     make = launcher_module().make
     spans = span if metadata.checked else None

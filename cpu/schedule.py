@@ -206,11 +206,10 @@ class Scheduler(KeepPlan):
 
         A transposed one serves its caller only: later ops expect rows.
         """
-        if value in self.scope.buffers and not elem:
-            return self.scope.buffers[value]
+        held = self.scope.buffers.get(value)
+        if held is not None and not transposed and elem in ("", held.elem):
+            return held
         elem = elem or value.type.elem
-        if value in self.scope.buffers and self.scope.buffers[value].elem == elem:
-            return self.scope.buffers[value]
         target = replace(self._allocate(elem, value.type.dims), transposed=transposed)
         op = self.analysis.definition.get(value)
         at = self.uses.position.get(op, -1) if op is not None else -1

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from triton._C.libtriton import ir, passes
-from triton.runtime.cache import get_cache_manager
 
+from . import store
 from .emitter import emit_module
 from .parser import parse_module
 from .target import binary_key, build
@@ -52,12 +50,8 @@ def make_so(source: str, metadata: dict) -> bytes:
 
     Triton's key has the argument properties in it; most of them leave no trace in the C++.
     """
-    key = hashlib.sha256(f"{binary_key()}|{source}".encode()).hexdigest()
-    cache = get_cache_manager(key)
-    path = cache.get_file("kernel.so")
-    if path is None:
-        path = cache.put(build(source), "kernel.so", binary=True)
-    return Path(path).read_bytes()
+    key = f"{binary_key()}|{source}"
+    return store.kept(key, "kernel.so", lambda: build(source)).read_bytes()
 
 
 def convert_custom_float(*args: Any, **kwargs: Any) -> Any:

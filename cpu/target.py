@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -76,29 +77,53 @@ def _host_isa(limit: str) -> Isa:
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: absolute path and first line of its version."""
+    """A C++ compiler: its command with the program's absolute path, and its version."""
 
-    path: str
+    command: tuple[str, ...]
     version: str
 
 
 def host_compiler() -> Compiler:
-    """$CXX, else g++, else clang++.
+    """$CXX, which may have arguments; g++ or clang++ where it is not set.
 
     Raises:
-        RuntimeError: none of them is installed.
+        RuntimeError: $CXX is not to be found or does not run; without it, neither is installed.
     """
-    return _compiler(os.environ.get("CXX", ""))
+    return _compiler(os.environ.get("CXX", "").strip())
 
 
 @functools.lru_cache(maxsize=8)
-def _compiler(preferred: str) -> Compiler:
-    for name in (preferred, "g++", "clang++"):
-        path = shutil.which(name) if name else None
-        if path:
-            done = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
-            return Compiler(path, done.stdout.splitlines()[0])
-    raise RuntimeError("the CPU backend needs a C++ compiler: install g++ or clang++, or set CXX")
+def _compiler(asked: str) -> Compiler:
+    if not asked:
+        path = shutil.which("g++") or shutil.which("clang++")
+        if path is None:
+            raise RuntimeError("the CPU backend needs a C++ compiler: install g++ or clang++")
+        return _compiler(shlex.quote(path))
+    program, *arguments = [asked] if shutil.which(asked) else shlex.split(asked)
+    path = shutil.which(program)
+    if path is None:
+        raise RuntimeError(f"the C++ compiler that CXX asks for is not installed: {asked}")
+    command = (os.path.abspath(path), *arguments)
+    said = _run((*command, "--version")).splitlines()
+    return Compiler(command, said[0] if said else "")
+
+
+def _run(command: tuple[str, ...]) -> str:
+    """What a run of the compiler prints.
+
+    Raises:
+        RuntimeError: it fails; its own words are in the message.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise RuntimeError(f"the C++ compiler {command[0]} does not run: {error}") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        errors = [line for line in said if "error" in line]
+        reason = (errors or said[-1:] or [f"exit status {done.returncode}"])[0]
+        raise RuntimeError(f"the C++ compiler {command[0]} failed: {reason}")
+    return done.stdout
 
 
 @functools.lru_cache(maxsize=2)
@@ -129,28 +154,31 @@ def binary_key() -> str:
 
 def _toolchain() -> str:
     compiler, isa = host_compiler(), host_isa()
-    return "|".join((compiler.path, compiler.version, isa.name, *isa.flags))
+    return "|".join((*compiler.command, compiler.version, isa.name, *isa.flags))
 
 
 def build(source: str, *extra: str, language: str = "c++") -> bytes:
     """Compile one translation unit to a shared object and return its bytes.
 
     Raises:
-        RuntimeError: the compiler fails; its first error is in the message.
+        RuntimeError: the compiler fails, and its first error is in the message; or the folder for
+            temporary files is full or missing.
     """
     isa, compiler = host_isa(), host_compiler()
     runtime = Path(__file__).parent / "runtime"
     with tempfile.TemporaryDirectory(prefix="kexaone-cpu-") as folder:
         suffix = ".c" if language == "c" else ".cpp"
         file, output = Path(folder, "kernel" + suffix), Path(folder, "kernel.so")
-        file.write_text(source)
-        command = [compiler.path, *_FLAGS, *isa.flags, f"-DKX_VECTOR_BYTES={isa.vector_bytes}",
-                   f"-I{runtime}", *extra, str(file), "-o", str(output)]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            kept = os.environ.get("KEXAONE_CPU_KEEP")
-            if kept:
-                Path(kept).write_text(source)
-            raise RuntimeError(f"the C++ compiler failed: {(errors or [done.stderr])[0]}")
-        return output.read_bytes()
+        try:
+            file.write_text(source)
+            _run((*compiler.command, *_FLAGS, *isa.flags,
+                  f"-DKX_VECTOR_BYTES={isa.vector_bytes}", f"-I{runtime}", *extra, str(file),
+                  "-o", str(output)))  # fmt: skip
+            return output.read_bytes()
+        except OSError as error:
+            reason = f"{tempfile.gettempdir()} cannot be used: {error.strerror}"
+            raise RuntimeError(f"the folder for temporary files {reason}") from None
+        except RuntimeError:
+            if wanted := os.environ.get("KEXAONE_CPU_KEEP"):
+                Path(wanted).write_text(source)
+            raise

@@ -164,3 +164,30 @@ def test_correct_kernels_compute_as_always():
     a, b, out = torch.randn(32, 32), torch.randn(32, 32), torch.empty(32, 32)
     product_kernel[(1,)](a, b, out, N=32)
     torch.testing.assert_close(out, a @ b + a.sum(1, keepdim=True))
+
+
+@triton.jit
+def few_rows_kernel(x, w, out, stride, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr,
+                    TURNED: tl.constexpr):  # fmt: skip
+    """A weight is loaded before integer arithmetic that checked mode asserts about."""
+    m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N), tl.arange(0, K)
+    if TURNED:
+        b = tl.trans(tl.load(w + n[:, None] * K + k[None, :]))
+    else:
+        b = tl.load(w + n[None, :] * K + k[:, None])
+    row = m * stride
+    a = tl.load(x + row + k[None, :])
+    tl.store(out + m * N + n[None, :], tl.dot(a, b, input_precision="ieee"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [1, 4, 32])
+@pytest.mark.parametrize("turned", [False, True])
+def test_products_add_in_the_same_order_as_without_the_checks(dtype, rows, turned):
+    x, w = torch.randn(rows, 96).to(dtype), torch.randn(32, 64).to(dtype)
+    found = []
+    for checked in (True, False):
+        out = torch.zeros(rows, 32)
+        few_rows_kernel[(1,)](x, w, out, 96, M=rows, N=32, K=64, TURNED=turned, checked=checked)
+        found.append(out)
+    assert torch.equal(*found)
