@@ -16,7 +16,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..autotune.model import Machine, machines, predict
@@ -130,7 +130,12 @@ def _products(layer: Layer) -> tuple[Product, Product]:
 
 
 def default(layer: Layer) -> Tile:
-    """vLLM 0.33's rule for problems without a file."""
+    """vLLM 0.33's rule for problems without a file; on AMD two stages, all that its tuner tries."""
+    tile = _default_cuda(layer)
+    return replace(tile, stages=2) if machines()[layer.gpu].arch.startswith("gfx") else tile
+
+
+def _default_cuda(layer: Layer) -> Tile:
     m = layer.tokens
     if layer.block:
         return Tile(16 if m <= 64 else 64, 64 if m <= 8 else 128, 128, 1 if m <= 16 else 32, 4,
