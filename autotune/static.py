@@ -11,6 +11,7 @@ A candidate takes the default's place only if it is predicted faster by more tha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -151,19 +152,29 @@ class StaticTuner:
         flat = [s for one in subjects for s in one]
         jobs = [specialise(s.launch, self.arch) for s in flat]
         results = iter(zip(flat, compile_all(jobs, workers=self.workers), strict=True))
-        return [
-            self._estimate(config, [next(results) for _ in one])
-            for config, one in zip(candidates, subjects, strict=True)
-        ]
+        judged = [_judged([next(results) for _ in one]) for one in subjects]
+        # where one candidate's instructions could not be counted, nobody's count against them
+        known = all(math.isfinite(w.instructions) for works in judged if isinstance(works, list)
+                    for w in works)  # fmt: skip
+        found = []
+        for config, works in zip(candidates, judged, strict=True):
+            if isinstance(works, str):
+                found.append(Estimate(config, fault=works))
+                continue
+            fair = works if known else [replace(w, instructions=0.0) for w in works]
+            found.append(Estimate(config, sum(predict(w, self.machine).us for w in fair)))
+        return found
 
-    def _estimate(self, config: Any, built: Sequence[tuple[Subject, Compiled]]) -> Estimate:
-        total = 0.0
-        for subject, compiled in built:
-            report = judge(subject, compiled)
-            if report.problems:
-                return Estimate(config, fault=report.problems[0])
-            total += predict(work_of(subject, compiled, report.useful_bytes), self.machine).us
-        return Estimate(config, total)
+
+def _judged(built: Sequence[tuple[Subject, Compiled]]) -> list[Work] | str:
+    """The work of a candidate's launches, or why the audit would not pass one."""
+    works = []
+    for subject, compiled in built:
+        report = judge(subject, compiled)
+        if report.problems:
+            return report.problems[0]
+        works.append(work_of(subject, compiled, report.useful_bytes))
+    return works
 
 
 def _same(a: Decision, b: Decision) -> bool:
@@ -171,7 +182,10 @@ def _same(a: Decision, b: Decision) -> bool:
 
 
 def work_of(subject: Subject, compiled: Compiled, size: int) -> Work:
-    """What a compiled launch does. Where its loops are not understood, only its tensors count."""
+    """What a compiled launch does; only its tensors count where its code is not understood.
+
+    `instructions` are infinite where the loops of source and machine code do not match.
+    """
     code, launch, arch = compiled.code, subject.launch, subject.arch
     assert code is not None
     held = occupancy(arch, registers=code.registers, shared=code.shared, warps=max(1, code.warps))
@@ -183,7 +197,7 @@ def work_of(subject: Subject, compiled: Compiled, size: int) -> Work:
     traffic = traffic_of(subject, compiled)
     if traffic is None:
         return work
-    count = executed(code, traffic) or code.instructions
+    count = executed(code, traffic) or math.inf
     stored = sum(a.wanted for a in traffic.accesses.values() if a.kind == "store")
     written = min(stored, useful)
     return replace(
