@@ -9,6 +9,8 @@ result is a description of its own in the user's cache directory, used in place 
 from __future__ import annotations
 
 import json
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing import Any
 import torch
 
 from ..kernels.table_files import cache_directory
-from .compete import compete
+from .compete import seconds_of
 from .model import Machine, machines, to_json
 from .store import locked, replace_file
 
 _MIB = 1 << 20
 _SIDE = 1024
+_RUNS = 5
 Run = Callable[[], object]
 
 
@@ -51,7 +54,8 @@ def probes(device: torch.device, machine: Machine) -> list[Probe]:
         source = torch.ones(size // 4, device=device)
         target = torch.empty_like(source)
         found.append(Probe(name, _copy(target, source), 2.0 * size))
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+    # PyTorch multiplies float16 on some CPUs one by one, which says nothing about kernels
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         if name in machine.matrix_flops_per_clock:
             a, b = (torch.ones(_SIDE, _SIDE, device=device, dtype=dtype) for _ in "ab")
             found.append(Probe(name, _product(a, b, torch.empty_like(a)), 2.0 * _SIDE**3))
@@ -72,10 +76,14 @@ def _product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> Run:
 
 
 def measure(device: torch.device, machine: Machine, *, seconds: float = 0.5) -> list[Reading]:
-    """Runs every probe for at most about `seconds`."""
+    """Runs every probe for about `seconds`, but at least five times; takes medians."""
     found = []
     for probe in probes(device, machine):
-        us = compete([probe.run, probe.run], seconds=seconds).medians[0] * 1e6
+        probe.run()
+        times, until = [], time.perf_counter() + seconds
+        while len(times) < _RUNS or time.perf_counter() < until:
+            times.append(seconds_of(probe.run))
+        us = statistics.median(times) * 1e6
         found.append(Reading(probe.name, probe.amount / us, us))
     return found
 
