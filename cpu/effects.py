@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .control import FunctionEmitter
 
 _BARRIERS = {"gpu.barrier", "ttg.barrier", "ttg.local_barrier", "tt.debug_barrier"}
-_EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.call", "tt.print", "tt.assert",
-            "tt.atomic_poll"} | _BARRIERS  # fmt: skip
+_EFFECTS = {"tt.store", "tt.atomic_rmw", "tt.atomic_cas", "tt.atomic_load", "tt.atomic_store",
+            "tt.atomic_poll", "tt.call", "tt.print", "tt.assert"} | _BARRIERS  # fmt: skip
+_LOOKS = {"tt.atomic_load", "tt.atomic_poll"}
 _ORDERS = {
     "relaxed": "__ATOMIC_RELAXED", "acquire": "__ATOMIC_ACQUIRE",
     "release": "__ATOMIC_RELEASE", "acq_rel": "__ATOMIC_ACQ_REL",
@@ -47,6 +48,8 @@ def emit_effect(function: FunctionEmitter, nest: Nest, sink: Sink) -> list[str]:
         code = (f"kx::compare_and_swap<{kind}>(({kind} *){args[0].code}, {args[1].code}, "
                 f"{args[2].code}, {_order(op)})")  # fmt: skip
         return [_define(nest, op.result, _allowed(nest, op, args[0].code, kind, code))]
+    if op.name in ("tt.atomic_load", "tt.atomic_store", "tt.atomic_poll"):
+        return [_ordered(nest, op, args)]
     if op.name == "tt.assert":
         text = f"{op.location}: assertion failed: {op.attrs.get('text', [''])[0]}"
         stop = "return {};" if function.function.results else "return;"
@@ -78,7 +81,25 @@ def _allowed(nest: Nest, op: Op, address: str, storage: str, code: str) -> str:
     if not nest.scope.checked:
         return code
     where = f"context, {address}, {site(nest.scope, op)}, {_order(op)}"
-    return f"kx::checked_atomic<{storage}>({where}) ? {code} : {storage}{{}}"
+    kind = f"{storage}, {'false' if op.name in _LOOKS else 'true'}"
+    return f"kx::checked_atomic<{kind}>({where}) ? {code} : {storage}{{}}"
+
+
+def _ordered(nest: Nest, op: Op, args: list[Expr]) -> str:
+    """An atomic load, an atomic store, or the wait until a load finds a value."""
+    pointer, *given = args
+    loads = op.name == "tt.atomic_load"
+    if op.name == "tt.atomic_poll" and len(given) > 1:
+        raise op.refuse("a timeout is not supported")
+    storage = C_TYPES[op.result.type.elem if loads else op.operands[1].type.elem]
+    values = "" if loads else f"{given[0].code}, "
+    code = f"kx::{op.name[3:]}<{storage}>(({storage} *){pointer.code}, {values}{_order(op)})"
+    code = f"({_allowed(nest, op, pointer.code, storage, code)})"
+    masked = given[0 if loads else 1 :] if op.name != "tt.atomic_poll" else []
+    guard = masked[0].code if masked else "true"
+    if not op.results:
+        return f"if ({guard}) {code};"
+    return _define(nest, op.result, f"{guard} ? {code} : ({storage})0")
 
 
 def _order(op: Op) -> str:

@@ -110,6 +110,6 @@ def _checker(kernel: Function) -> list[str]:
     names = ", ".join(json.dumps(a.location.name or a.name) for a in kernel.arguments)
     return [
         f"static const char *const names[] = {{{names or 'nullptr'}}};",
-        f"kx::Checker check(&context, names, {len(kernel.arguments)});",
+        "kx::Checker check(&context, names);",
         "context.check = &check;",
     ]

@@ -113,7 +113,7 @@ class Nest:
         def loop(end: str, check: str) -> list[str]:
             call = f"strip{name}({name} + u * {self.lanes}, u, kx::{check}{{}});"
             return [f"for (; {name} < {end}; {name} += {step})",
-                    f'_Pragma("GCC unroll {self.unroll}")',
+                    f"KX_UNROLL({self.unroll})",
                     f"for (int u = 0; u < {self.unroll}; u++) {call}"]  # fmt: skip
 
         lines = ["};", "{", f"i64 {name} = 0;"]

@@ -6,6 +6,12 @@
 
 #define AI static inline __attribute__((always_inline))
 #define COLD static __attribute__((noinline, cold))
+#define KX_PRAGMA(x) _Pragma(#x)
+#if defined(__clang__)
+#define KX_UNROLL(n) KX_PRAGMA(clang loop unroll_count(n))
+#else
+#define KX_UNROLL(n) KX_PRAGMA(GCC unroll n)
+#endif
 #define LIKELY(x) __builtin_expect(!!(x), 1)
 
 typedef int64_t i64;
@@ -110,11 +116,23 @@ template <int N> AI V<int32_t, N> iota() {
   else if constexpr (N == 8) return V<int32_t, N>{0, 1, 2, 3, 4, 5, 6, 7};
   else return V<int32_t, N>{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 }
-template <int H, class T> AI T rotate(T v) {
-  S<T> index;
-  for (int i = 0; i < lanes<T>; i++) index[i] = (i + H) & (lanes<T> - 1);
-  return __builtin_shuffle(v, index);
+// lanes whose numbers are known: GCC takes a vector of them, clang a list
+template <int... I> struct order {};
+template <class T, T... I> struct numbers { typedef order<(int)I...> type; };
+#if defined(__clang__)
+template <int N> using each_lane = typename __make_integer_seq<numbers, int, N>::type;
+template <class T, int... I> AI T shuffled(T a, T b, order<I...>) { return __builtin_shufflevector(a, b, I...); }
+#else
+template <int N> using each_lane = order<__integer_pack(N)...>;
+template <class T, int... I> AI T shuffled(T a, T b, order<I...>) { return __builtin_shuffle(a, b, S<T>{I...}); }
+#endif
+template <int H, int... I> AI auto rotated(order<I...>) { return order<((I + H) & (int)(sizeof...(I) - 1))...>{}; }
+template <int H, class T> AI T rotate(T v) { return shuffled(v, v, rotated<H>(each_lane<lanes<T>>{})); }
+// groups of H lanes of a and of b in turn: the even groups of both, or the odd ones
+template <int H, bool ODD, int... I> AI auto in_turn(order<I...>) {
+  return order<((I & H) ? (int)sizeof...(I) + I - (ODD ? 0 : H) : I + (ODD ? H : 0))...>{};
 }
+template <int H, bool ODD, class T> AI T groups(T a, T b) { return shuffled(a, b, in_turn<H, ODD>(each_lane<lanes<T>>{})); }
 template <int N> AI V<int32_t, N> in_range(i64 lo, i64 hi) {
   V<int32_t, N> at = iota<N>();
   int32_t l = lo < 0 ? 0 : lo > N ? N : (int32_t)lo, h = hi < 0 ? 0 : hi > N ? N : (int32_t)hi;

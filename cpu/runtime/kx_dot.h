@@ -3,8 +3,6 @@
 #include "kx_cast.h"
 #include "kx_math.h"
 
-#define KX_UNROLL _Pragma("GCC unroll 32")
-
 namespace kx {
 
 constexpr int W = KX_VECTOR_BYTES / 4; // fp32 lanes of a register
@@ -24,20 +22,14 @@ AI fv dot2(fv c, uv a, uv b) {
 }
 
 // W x W words, transposed in log2(W) rounds of two-source shuffles
-AI void transpose(uv *r) {
-  KX_UNROLL for (int h = W / 2; h >= 1; h /= 2) {
-    uv low, high;
-    KX_UNROLL for (int j = 0; j < W; j++) {
-      low[j] = (j & h) ? W + j - h : j;
-      high[j] = (j & h) ? W + j : j + h;
+template <int H = W / 2> AI void transpose(uv *r) {
+  KX_UNROLL(32) for (int i = 0; i < W; i++)
+    if (!(i & H)) {
+      uv a = r[i], b = r[i + H];
+      r[i] = groups<H, false>(a, b);
+      r[i + H] = groups<H, true>(a, b);
     }
-    KX_UNROLL for (int i = 0; i < W; i++)
-      if (!(i & h)) {
-        uv a = r[i], b = r[i + h];
-        r[i] = __builtin_shuffle(a, b, low);
-        r[i + h] = __builtin_shuffle(a, b, high);
-      }
-  }
+  if constexpr (H > 1) transpose<H / 2>(r);
 }
 
 // Packed B: panels of P columns, each [rows of words][P]; here from its transpose [N][K words]
@@ -46,9 +38,9 @@ template <int N, int KW, int P> static void transpose_words(const uint32_t *b, u
     for (int n = 0; n < N; n += W)
       for (int k = 0; k < KW; k += W) {
         uv r[W];
-        KX_UNROLL for (int i = 0; i < W; i++) r[i] = load<uint32_t, W>(b + (n + i) * KW + k);
+        KX_UNROLL(32) for (int i = 0; i < W; i++) r[i] = load<uint32_t, W>(b + (n + i) * KW + k);
         transpose(r);
-        KX_UNROLL for (int i = 0; i < W; i++) store<uint32_t, W>(out + n / P * (KW * P) + (k + i) * P + n % P, r[i]);
+        KX_UNROLL(32) for (int i = 0; i < W; i++) store<uint32_t, W>(out + n / P * (KW * P) + (k + i) * P + n % P, r[i]);
       }
   } else
     for (int k = 0; k < KW; k++)
@@ -68,35 +60,35 @@ template <int N, int K, int P> static void pair_rows(const uint16_t *b, uint32_t
 template <int MR, int NV>
 static void block_bf16(const uint16_t *a, int lda, const uint32_t *b, int ldb, float *c, int ldc, int pairs) {
   fv s[MR][NV];
-  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = load<float, W>(c + i * ldc + j * W);
+  KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = load<float, W>(c + i * ldc + j * W);
   for (int k = 0; k < pairs; k++) {
     uv r[NV];
-    KX_UNROLL for (int j = 0; j < NV; j++) r[j] = load<uint32_t, W>(b + k * ldb + j * W);
-    KX_UNROLL for (int i = 0; i < MR; i++) {
+    KX_UNROLL(32) for (int j = 0; j < NV; j++) r[j] = load<uint32_t, W>(b + k * ldb + j * W);
+    KX_UNROLL(32) for (int i = 0; i < MR; i++) {
       uint32_t x;
       memcpy(&x, a + i * lda + 2 * k, 4);
-      KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = dot2(s[i][j], uv{} + x, r[j]);
+      KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = dot2(s[i][j], uv{} + x, r[j]);
     }
   }
-  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) store<float, W>(c + i * ldc + j * W, s[i][j]);
+  KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) store<float, W>(c + i * ldc + j * W, s[i][j]);
 }
 template <class T, int MR, int NV>
 static void block_fma(const T *a, int lda, const T *b, int ldb, T *c, int ldc, int depth) {
   const int L = KX_VECTOR_BYTES / sizeof(T);
   typedef V<T, L> R;
   R s[MR][NV];
-  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) s[i][j] = load<T, L>(c + i * ldc + j * L);
+  KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = load<T, L>(c + i * ldc + j * L);
   for (int k = 0; k < depth; k++) {
     R r[NV];
-    KX_UNROLL for (int j = 0; j < NV; j++) r[j] = load<T, L>(b + k * ldb + j * L);
-    KX_UNROLL for (int i = 0; i < MR; i++) {
+    KX_UNROLL(32) for (int j = 0; j < NV; j++) r[j] = load<T, L>(b + k * ldb + j * L);
+    KX_UNROLL(32) for (int i = 0; i < MR; i++) {
       R x = R{} + a[i * lda + k];
-      KX_UNROLL for (int j = 0; j < NV; j++) {
+      KX_UNROLL(32) for (int j = 0; j < NV; j++) {
         if constexpr ((T)0.5 != 0) s[i][j] = fma(x, r[j], s[i][j]); else s[i][j] += x * r[j];
       }
     }
   }
-  KX_UNROLL for (int i = 0; i < MR; i++) KX_UNROLL for (int j = 0; j < NV; j++) store<T, L>(c + i * ldc + j * L, s[i][j]);
+  KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) store<T, L>(c + i * ldc + j * L, s[i][j]);
 }
 
 // A few rows of A against rows of B: lanes run along K, so that B is read once and as it lies.
@@ -107,16 +99,9 @@ constexpr bool few_rows(int m, int n, int words) {
 AI fv few_step(fv c, uv a, uv b) { return dot2(c, a, b); }
 AI fv few_step(fv c, fv a, fv b) { return fma(a, b, c); }
 // lane i of the result is the sum of r[i]
-AI fv sum_each(fv *r) {
-  KX_UNROLL for (int h = W / 2; h >= 1; h /= 2) {
-    uv low, high;
-    KX_UNROLL for (int j = 0; j < W; j++) {
-      low[j] = (j & h) ? W + j - h : j;
-      high[j] = (j & h) ? W + j : j + h;
-    }
-    KX_UNROLL for (int i = 0; i < h; i++)
-      r[i] = __builtin_shuffle(r[i], r[i + h], low) + __builtin_shuffle(r[i], r[i + h], high);
-  }
+template <int H = W / 2> AI fv sum_each(fv *r) {
+  KX_UNROLL(32) for (int i = 0; i < H; i++) r[i] = groups<H, false>(r[i], r[i + H]) + groups<H, true>(r[i], r[i + H]);
+  if constexpr (H > 1) return sum_each<H / 2>(r);
   return r[0];
 }
 template <class T, int M, int N, int WORDS> static void dot_few_rows(const T *a, const T *b, float *c) {
@@ -126,10 +111,10 @@ template <class T, int M, int N, int WORDS> static void dot_few_rows(const T *a,
       fv s[W]{};
       for (int k = 0; k < WORDS; k += W) {
         V<T, W> x[MB];
-        KX_UNROLL for (int i = 0; i < MB; i++) x[i] = load<T, W>(a + (m + i) * WORDS + k);
-        KX_UNROLL for (int j = 0; j < NB; j++) {
+        KX_UNROLL(32) for (int i = 0; i < MB; i++) x[i] = load<T, W>(a + (m + i) * WORDS + k);
+        KX_UNROLL(32) for (int j = 0; j < NB; j++) {
           V<T, W> y = load<T, W>(b + (n + j) * WORDS + k);
-          KX_UNROLL for (int i = 0; i < MB; i++) s[i * NB + j] = few_step(s[i * NB + j], x[i], y);
+          KX_UNROLL(32) for (int i = 0; i < MB; i++) s[i * NB + j] = few_step(s[i * NB + j], x[i], y);
         }
       }
       fv sum = sum_each(s);

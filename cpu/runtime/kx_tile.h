@@ -21,6 +21,19 @@ template <class T> AI T load_volatile(const T *p) {
   asm volatile("" ::: "memory");
   return bits<T>(v);
 }
+template <class T> AI T atomic_load(const T *p, int order) {
+  typedef typename sized_int<sizeof(T)>::s I;
+  return bits<T>(__atomic_load_n((const I *)p, order));
+}
+template <class T> AI T atomic_store(T *p, T value, int order) {
+  typedef typename sized_int<sizeof(T)>::s I;
+  __atomic_store_n((I *)p, bits<I>(value), order);
+  return value;
+}
+template <class T> AI T atomic_poll(const T *p, T value, int order) {
+  while (atomic_load(p, order) != value) {}
+  return 1;
+}
 template <class T, class F> AI T update(T *p, int order, F f) {
   typedef typename sized_int<sizeof(T)>::s I;
   I old = __atomic_load_n((I *)p, __ATOMIC_RELAXED);
