@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from .machine import Access, MachineCode, loops_of
+from .machine import Access, MachineCode, Product, loops_of
 
 _FILE = re.compile(r'^\s*\.file\s+(\d+)\s+(?:"[^"]*"\s+)?"([^"]*)"')
 _SOURCE = re.compile(r"^\s*\.loc\s+(\d+)\s+(\d+)")
@@ -22,6 +22,7 @@ _WIDTHS = {
 }  # fmt: skip
 _SPILL = re.compile(r"^scratch_(?:load|store)_(\w+)$")
 _MMA = re.compile(r"^v_s?mfma")
+_SHAPE = re.compile(r"_(\d+)x(\d+)x(\d+)")
 
 
 def width(suffix: str) -> int:
@@ -34,6 +35,7 @@ def parse(assembly: str) -> MachineCode:
     files: dict[str, str] = {}
     mma: Counter[str] = Counter()
     accesses: list[Access] = []
+    products: list[Product] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     where, count, spilled = ("", 0), 0, 0
@@ -52,6 +54,7 @@ def parse(assembly: str) -> MachineCode:
                 continue
             if _MMA.match(mnemonic):
                 mma["MFMA"] += 1
+                products.append(Product(count, _flops(mnemonic)))
             elif memory := _MEMORY.match(mnemonic):
                 lds = memory[3] or " lds" in operands
                 kind = "async" if lds and memory[2] == "load" else memory[2]
@@ -67,7 +70,15 @@ def parse(assembly: str) -> MachineCode:
     )
     spilled = max(spilled, 4 * _field(metadata, "vgpr_spill_count"))
     loops = loops_of([(at, labels[target]) for at, target in jumps if target in labels])
-    return MachineCode(registers, stack, spilled, count, mma, tuple(accesses), loops)
+    return MachineCode(
+        registers, stack, spilled, count, mma, tuple(accesses), tuple(products), loops
+    )
+
+
+def _flops(mnemonic: str) -> float | None:
+    """`v_mfma_f32_32x32x8_bf16` is one wave's 32 x 32 x 8."""
+    shape = _SHAPE.search(mnemonic)
+    return 2.0 * int(shape[1]) * int(shape[2]) * int(shape[3]) if shape else None
 
 
 def _field(metadata: str, name: str) -> int:

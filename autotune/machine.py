@@ -29,6 +29,17 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Product:
+    """A matrix instruction at index `at`; `flops` that one warp's execution of it does.
+
+    None where the mnemonic does not tell: a size in a descriptor.
+    """
+
+    at: int
+    flops: float | None
+
+
+@dataclass(frozen=True)
 class MachineCode:
     """One kernel. `spilled` are bytes per thread written to and read from local memory."""
 
@@ -38,6 +49,7 @@ class MachineCode:
     instructions: int
     mma: Counter[str] = field(default_factory=Counter)
     accesses: tuple[Access, ...] = ()
+    products: tuple[Product, ...] = ()
     loops: tuple[Loop, ...] = ()
     shared: int = 0
     warps: int = 0

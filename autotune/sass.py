@@ -16,7 +16,7 @@ from pathlib import Path
 from triton import knobs
 from triton.runtime.cache import get_cache_manager
 
-from .machine import Access, MachineCode, loops_of
+from .machine import Access, MachineCode, Product, loops_of
 
 _SOURCE = re.compile(r'//## File "([^"]*)", line (\d+)')
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
@@ -29,11 +29,25 @@ _KINDS = {
 }  # fmt: skip
 _WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 _JUMPS = ("BRA", "BRX", "JMP")
+_GROUP_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)")
+_WARP_SHAPES = {
+    "884": (8, 8, 4), "1684": (16, 8, 4), "1688": (16, 8, 8), "16816": (16, 8, 16),
+    "16832": (16, 8, 32), "16864": (16, 8, 64),
+}  # fmt: skip
 
 
 def width(mnemonic: str) -> int:
     """Bytes per thread: `LDG.E.128` moves 16, `LDG.E` 4."""
     return next((_WIDTHS[p] for p in reversed(mnemonic.split(".")) if p in _WIDTHS), 4)
+
+
+def product_flops(mnemonic: str) -> float | None:
+    """What one warp does: `HMMA.16816.F32` is 16 x 8 x 16, `HGMMA.64x128x16` done by four."""
+    if shape := _GROUP_SHAPE.search(mnemonic):
+        m, n, k = (int(x) for x in shape.groups())
+        return 2 * m * n * k / 4
+    found = next((_WARP_SHAPES[p] for p in mnemonic.split(".") if p in _WARP_SHAPES), None)
+    return None if found is None else 2.0 * found[0] * found[1] * found[2]
 
 
 def parse_resources(text: str) -> tuple[int, int]:
@@ -48,6 +62,7 @@ def parse(disassembly: str, resources: str) -> MachineCode:
     """The kernel in what `nvdisasm -c -g` and `cuobjdump --dump-resource-usage` printed."""
     mma: Counter[str] = Counter()
     accesses: list[Access] = []
+    products: list[Product] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str]] = []
     where, count, spilled = ("", 0), 0, 0
@@ -63,6 +78,7 @@ def parse(disassembly: str, resources: str) -> MachineCode:
                 continue
             if base.endswith("MMA"):
                 mma[base] += 1
+                products.append(Product(count, product_flops(mnemonic)))
             elif base in _KINDS:
                 kind = _KINDS[base]
                 accesses.append(Access(kind, 0 if kind == "bulk" else width(mnemonic), where))
@@ -73,7 +89,9 @@ def parse(disassembly: str, resources: str) -> MachineCode:
             count += 1
     registers, stack = parse_resources(resources)
     loops = loops_of([(at, labels[target]) for at, target in jumps if target in labels])
-    return MachineCode(registers, stack, spilled, count, mma, tuple(accesses), loops)
+    return MachineCode(
+        registers, stack, spilled, count, mma, tuple(accesses), tuple(products), loops
+    )
 
 
 def read(cubin: bytes) -> MachineCode:

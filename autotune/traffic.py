@@ -24,6 +24,7 @@ SECTOR = 32
 WIDE = 16
 _PROGRAMS = 9
 _TRIPS = 6
+_TURNS = 64
 _SPACE = 44  # each pointer argument owns 2^44 bytes of addresses
 
 
@@ -266,12 +267,24 @@ class _Walk:
             self.values[value] = None if condition is None else result
 
     def _while(self, op: Op) -> None:
-        """A loop until data says so: counted as one turn."""
-        self.traffic.exact = False
-        passed = self._body(op, op.regions[0], 1.0, [self.values[o] for o in op.operands])[1:]
-        self._body(op, op.regions[1], 1.0, passed)
-        for value in op.results:
-            self.values[value] = None
+        """Turn by turn while data says so; where it is not there, one turn."""
+        passed = [self.values[o] for o in op.operands]
+        self.traffic.trips.setdefault(op, 0.0)
+        for _ in range(_TURNS):
+            turns = self.traffic.trips[op]
+            going, *passed = self._body(op, op.regions[0], 1.0, passed)
+            self.traffic.trips[op] = turns  # a turn is a test and a body
+            if going is not None and not going:
+                break
+            passed = self._body(op, op.regions[1], 1.0, passed)
+            if going is None:
+                self.traffic.exact = False
+                passed = [None] * len(op.results)
+                break
+        else:
+            self.traffic.exact = False
+        for value, result in zip(op.results, passed, strict=True):
+            self.values[value] = result
 
 
 def _ahead(before: Number, after: Number, trips: int) -> Number:

@@ -43,6 +43,20 @@ def gather(x, rows, y, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def search(x, starts, y, count, n, BLOCK: tl.constexpr):
+    """Bisects for the last start at most its program's number, and copies that row."""
+    low, high = 0, count - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        below = tl.load(starts + middle) <= tl.program_id(0)
+        low = tl.where(below, middle, low)
+        high = tl.where(below, high, middle - 1)
+    at = tl.arange(0, BLOCK)
+    values = tl.load(x + low * n + at, mask=at < n)
+    tl.store(y + tl.program_id(0) * n + at, values, mask=at < n)
+
+
+@triton.jit
 def clamped(x, y, n, BLOCK: tl.constexpr):
     """Two wide reads on one line, of which one lost its neighbours to the clamp."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kexaone.autotune import gcn, sass
-from kexaone.autotune.machine import Access, Loop
+from kexaone.autotune.machine import Access, Loop, Product
 from kexaone.autotune.occupancy import occupancy
 from kexaone.kernels.arch import ARCHS
 
@@ -81,6 +81,8 @@ def test_sass():
         Access("store", 4, ("scale.py", 9)),
         Access("atomic", 4, ("scale.py", 9)),
     )
+    # 64 x 128 x 16 by four warps
+    assert code.products == (Product(4, 2 * 64 * 128 * 16 / 4),)
     # the jump onto itself after the end is no loop
     assert code.loops == (Loop(4, 7),)
     assert code.widths("load") == {2: 1, 16: 1}
@@ -94,6 +96,15 @@ def test_sass():
 )  # fmt: skip
 def test_width_of_a_mnemonic(mnemonic, size):
     assert sass.width(mnemonic) == size
+
+
+@pytest.mark.parametrize(
+    ("mnemonic", "flops"),
+    [("HMMA.16816.F32.BF16", 4096), ("QMMA.16832.F32.E4M3.E4M3", 8192),
+     ("QGMMA.64x256x32.F32.E4M3.E4M3", 64 * 256 * 32 / 2), ("UTCHMMA", None)],
+)  # fmt: skip
+def test_work_of_a_matrix_instruction(mnemonic, flops):
+    assert sass.product_flops(mnemonic) == flops
 
 
 def test_sass_without_usage_is_refused():
@@ -113,6 +124,7 @@ def test_gcn():
         Access("store", 2, ("scale.py", 9)),
         Access("atomic", 4, ("scale.py", 9)),
     )
+    assert code.products == (Product(5, 2 * 32 * 32 * 8),)
     assert code.loops == (Loop(2, 7),)
 
 

@@ -63,6 +63,20 @@ def test_data_that_steers_is_used_where_it_is_known():
     assert seen.useful_bytes == 4 * (2 * 4 * n + 4)
 
 
+def test_loops_that_data_ends_are_followed():
+    n, starts = 512, torch.tensor([0, 1, 3, 6], dtype=torch.int32)
+    x, steer, y = floats(4, n), starts.to("meta"), floats(8, n)
+    seen = report(kernels.search, (8,), x, steer, y, 4, n, BLOCK=512,
+                  contents={storage_of(steer): starts.numpy()})  # fmt: skip
+    assert seen.exact
+    # every row of x is found by some program; two starts are looked at by each of them
+    assert seen.useful_bytes == 4 * (4 * n + 8 * n + 4)
+    # x, y and one sector of starts, twice
+    assert seen.moved_per_useful == pytest.approx((8 * n * 8 + 8 * 2 * 32) / seen.useful_bytes)
+    blind = report(kernels.search, (8,), x, steer, y, 4, n, BLOCK=512)
+    assert not blind.exact
+
+
 def test_products_are_counted():
     depth = 4096
     half = {"dtype": torch.bfloat16}
@@ -71,6 +85,16 @@ def test_products_are_counted():
     assert found.flops == 2 * 64 * 128 * depth
     assert found.code.mma and found.exact and found.moved_per_useful == pytest.approx(1)
     assert {w.bytes for w in found.widths if w.kind == "load"} == {16}
+    # four warps do 64 x 128 x 16 at a time
+    assert found.mma_work == 1 and found.mma_per_megaflop == pytest.approx(1e6 * 4 / 2**18)
+
+
+def test_work_that_warps_repeat_is_counted():
+    """A tile of 16 x 16 for eight warps: each does all of it."""
+    half = {"dtype": torch.bfloat16}
+    found = report(kernels.product, (1,), floats(16, 512, **half), floats(16, 512, **half),
+                   floats(16, 16), 512, M=16, N=16, BLOCK=64, num_warps=8)  # fmt: skip
+    assert found.mma_work > 2
 
 
 def test_alignment_decides_the_width():
