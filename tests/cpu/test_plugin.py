@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -209,16 +210,32 @@ def test_instruction_sets(machine, features, name, size):
     assert (isa.name, isa.vector_bytes) == (name, size)
 
 
-@pytest.mark.parametrize("isa", ["avx2", "baseline"])
-def test_narrower_instruction_sets_compute_the_same(isa):
-    """The tutorial kernels again, in a process limited to a narrower instruction set."""
+def run_tests(*names: str, **variables: str) -> None:
+    """Test files of this folder in a process of their own."""
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-         str(ROOT / "tests/cpu/test_tutorials.py")],
-        capture_output=True, text=True, cwd=ROOT,
-        env={**os.environ, "KEXAONE_CPU_ISA": isa},
+         *(str(ROOT / "tests" / "cpu" / f"test_{name}.py") for name in names)],
+        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_narrower_instruction_sets_compute_the_same(isa):
+    run_tests("tutorials", KEXAONE_CPU_ISA=isa)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting",
+    [{"KEXAONE_CPU_ISA": "avx2"}, {"KEXAONE_CPU_ISA": "baseline"}, {"CXX": "clang++"}],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["casts", "control", "dot", "elementwise", "memory", "tiles"])
+def test_values_on_every_instruction_set_and_compiler(name, setting):
+    if shutil.which(setting.get("CXX", "g++")) is None:
+        pytest.skip("clang++ is not installed")
+    run_tests(name, **setting)
 
 
 _SUMS = """
