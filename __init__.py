@@ -15,6 +15,8 @@ from . import ops as ops
 if TYPE_CHECKING:
     from .autotune.user_kernels import tune as tune
     from .autotune.why import why as why
+    from .graph.backend import optimize as optimize
+    from .graph.huggingface import register_with_transformers as register_with_transformers
     from .kernels.dispatch import impl as impl
     from .model.config import Config as Config
     from .model.transformer import KExaone as KExaone
@@ -28,11 +30,23 @@ _HOMES = {
     "Config": ".model.config",
     "KExaone": ".model.transformer",
     "impl": ".kernels.dispatch",
+    "optimize": ".graph.backend",
+    "register_with_transformers": ".graph.huggingface",
     "tune": ".autotune.user_kernels",
     "why": ".autotune.why",
 }
 
-__all__ = ["Config", "KExaone", "cpu", "impl", "ops", "tune", "why"]
+__all__ = [
+    "Config",
+    "KExaone",
+    "cpu",
+    "impl",
+    "ops",
+    "optimize",
+    "register_with_transformers",
+    "tune",
+    "why",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ import typer
 from .autotune import commands as auditing
 from .autotune import tune_commands as tuning
 from .bench import commands as measuring
-from .model import commands
+from .model import commands, explain_command
 
 INTERRUPTED = 130
 # typer has its own copy of click in some versions and not in others: ask for what it raises
@@ -28,6 +28,7 @@ for command in (
     auditing.audit,
 ):
     app.command()(command)
+app.command(name="explain")(explain_command.explain_command)
 
 
 def main() -> None:

@@ -115,7 +115,7 @@ def _losses(
     config = pick("linear_cross_entropy", configs, logits.shape[1], logits.device)
     with on(logits):
         _loss_kernel[(len(logits),)](
-            logits, targets, loss if scales is None else scales, loss,
+            logits, targets.contiguous(), loss if scales is None else scales, loss,
             logits.shape[1], logits.stride(0), ignore_index, z_loss,
             GRADIENT=scales is not None, BLOCK=config.block, num_warps=config.num_warps,
         )  # fmt: skip
