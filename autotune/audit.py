@@ -22,7 +22,7 @@ from .cases import Builder, Case
 from .compile import Compiled, compile_all, specialise
 from .machine import MachineCode
 from .occupancy import occupancy
-from .traffic import WIDE, AccessCount, Traffic, measure
+from .traffic import PROGRAMS, WIDE, AccessCount, Traffic, measure
 
 _ELSEWHERE = ("", -1)
 _SIDES = {"load": ("load", "async", "bulk"), "store": ("store", "bulk")}
@@ -180,10 +180,11 @@ def _problems(
             yield f"{count} narrow {kind}s more than its narrow accesses explain"
 
 
-def traffic_of(subject: Subject, compiled: Compiled) -> Traffic | None:
+def traffic_of(subject: Subject, compiled: Compiled, programs: int = PROGRAMS) -> Traffic | None:
     """What a compiled launch asks of memory; None if that was not understood."""
     launch = subject.launch
-    return measure(compiled.ttir, _integers(launch), launch.grid, _contents(subject))
+    arguments, contents = _integers(launch), _contents(subject)
+    return measure(compiled.ttir, arguments, launch.grid, contents, programs)
 
 
 def _integers(launch: Launch) -> dict[str, int]:

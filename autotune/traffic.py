@@ -22,8 +22,9 @@ from .integers import Number, arithmetic, constant
 
 SECTOR = 32
 WIDE = 16
-_PROGRAMS = 9
+PROGRAMS = 9
 _TRIPS = 6
+_GOLDEN = 0.618033988749895
 _TURNS = 64
 _SPACE = 44  # each pointer argument owns 2^44 bytes of addresses
 
@@ -65,20 +66,37 @@ class Traffic:
         return sum(a.moved for a in self.accesses.values())
 
 
+def sample_of(total: int, programs: int) -> list[int]:
+    """Which of `total` programs stand for all: the first, the last, and one in each equal part.
+
+    Where in its part a program lies follows the golden ratio, so that no period of the grid is hit
+    again and again.
+    """
+    if total <= programs:
+        return list(range(total))
+    parts = np.arange(1, programs - 1)
+    inside = (parts + parts * _GOLDEN % 1) / programs
+    return sorted({0, total - 1, *(int(p) for p in inside * total)})
+
+
 def measure(
-    ttir: str, arguments: Mapping[str, Any], grid: Sequence[int], contents: Mapping[str, Any]
+    ttir: str,
+    arguments: Mapping[str, Any],
+    grid: Sequence[int],
+    contents: Mapping[str, Any],
+    programs: int = PROGRAMS,
 ) -> Traffic | None:
     """The traffic of a launch; None if the kernel uses what is not understood.
 
     `arguments` gives the value of each integer parameter and the byte offset of each pointer;
-    `contents` the data behind some of the pointers.
+    `contents` the data behind some of the pointers. So many `programs` are walked.
     """
     try:
         kernel = parse_module(ttir).kernel
     except Unsupported:
         return None
     traffic, total = Traffic(), int(np.prod(grid))
-    sample = sorted({int(p) for p in np.linspace(0, total - 1, min(total, _PROGRAMS))})
+    sample = sample_of(total, programs)
     for program in sample:
         walk = _Walk(traffic, grid, program, contents, total / len(sample))
         for at, argument in enumerate(kernel.arguments):
