@@ -1,9 +1,9 @@
 """Fitting a machine's description to the machine: a handful of short kernels, one factor each.
 
-Each probe is a PyTorch operation that one unit bounds: a copy for memory, a copy that stays in the
-cache, matrix products by type, and an operation on one element for the launch. What it reaches of
-the described rate becomes the efficiency; rates that the description has too low are raised. The
-result is a description of its own in the user's cache directory, used in place of the prior.
+Each probe is an operation that one unit bounds: a copy for memory, a copy that stays in the cache,
+matrix products by type, and a kernel that stores one number for the launch. What it reaches of the
+described rate becomes the efficiency; rates that the description has too low are raised. The result
+is a description of its own in the user's cache directory, used in place of the prior.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from ..kernels.lang import tl, triton
+from ..kernels.launch import on
 from ..kernels.table_files import cache_directory
 from .compete import seconds_of
 from .model import Machine, machines, to_json
@@ -62,9 +64,19 @@ def probes(device: torch.device, machine: Machine) -> list[Probe]:
     return found
 
 
+@triton.jit
+def _store_kernel(x_ptr):
+    tl.store(x_ptr, 0.0)
+
+
 def _launch(device: torch.device) -> Run:
     one = torch.zeros(1, device=device)
-    return lambda: one.add_(1)
+
+    def run() -> None:
+        with on(one):
+            _store_kernel[(1,)](one)
+
+    return run
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> Run:
