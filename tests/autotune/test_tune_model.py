@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -22,6 +23,7 @@ from kexaone.autotune.model import (
     to_json,
 )
 from kexaone.autotune.static import StaticTuner
+from kexaone.autotune.traffic import sample_of
 from kexaone.autotune.workloads import (
     TILES,
     Product,
@@ -139,6 +141,28 @@ def test_routed_rows(tokens, experts, top_k, skew):
 
 def test_skew_makes_the_busiest_expert_busier():
     assert routed(4096, 128, 8, skew=1.0)[0] > 2 * routed(4096, 128, 8)[0]
+
+
+@given(st.integers(1, 100_000), st.integers(9, 40))
+def test_sampled_programs_are_spread_over_the_grid(total, programs):
+    found = sample_of(total, programs)
+    assert found == sorted(set(found)) and found[0] == 0 and found[-1] == total - 1
+    assert len(found) <= programs
+    if total <= programs:
+        assert found == list(range(total))
+    elif total >= 10 * programs:
+        assert len(found) == programs
+        assert max(b - a for a, b in itertools.pairwise(found)) <= 2 * total / programs + 1
+
+
+def test_sampled_programs_hit_no_period():
+    """A grid whose every fifth row of tiles is idle, as that of 128 experts with 4 tiles each."""
+    for period in (2, 3, 5, 8, 16):
+        found = sample_of(10_240, 33)
+        for rest in range(period):
+            share = sum(p // 16 % period == rest for p in found) / len(found)
+            # four standard deviations of a binomial with that many draws
+            assert abs(share - 1 / period) < 4 * (1 / period / len(found)) ** 0.5
 
 
 HEAD = "source,kernel,gpu,dtype,shape,metric,value,notes\n"
