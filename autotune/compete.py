@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 MARGIN = 0.02
 LEAST_ROUNDS = 6
 """With fewer pairs no interval of the median has a confidence of 95 %."""
@@ -40,6 +42,20 @@ def seconds_of(run: Callable[[], object]) -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def clock_of(device: torch.device) -> Clock:
+    """What times a call whose kernels run on `device`: on a GPU, events around it."""
+    return _event_seconds if device.type == "cuda" else seconds_of
+
+
+def _event_seconds(run: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e-3
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

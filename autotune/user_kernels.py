@@ -23,7 +23,7 @@ from ..kernels.launch import on
 from ..kernels.sources import name_of, source_hash
 from ..kernels.table_files import Entry, machine_of, plain, user_file
 from ..kernels.tables import Decision, triton_release
-from .compete import Clock, compete, seconds_of
+from .compete import Clock, clock_of, compete
 from .store import locked, save
 
 Values = dict[str, Any]
@@ -38,7 +38,7 @@ def tune(
     configs: Sequence[Mapping[str, Any]],
     key: Sequence[str] = (),
     seconds: float = 2.0,
-    clock: Clock = seconds_of,
+    clock: Clock | None = None,
 ) -> Any:
     """A `@triton.jit` kernel that is launched with the best of `configs`; also a decorator.
 
@@ -52,7 +52,7 @@ def tune(
         key: names of the arguments that the choice depends on: integers, rounded up to a power of
             two, or tensors, by their dtype.
         seconds: the most time that a new problem may take, compilation not counted.
-        clock: times one call, for tests.
+        clock: times one call; None: the host's clock, or events on a GPU.
 
     Raises:
         ValueError: `configs` is empty, or names what the kernel does not have.
@@ -67,7 +67,7 @@ class TunedKernel:
 
     def __init__(
         self, kernel: Any, configs: Sequence[Mapping[str, Any]], key: Sequence[str],
-        seconds: float, clock: Clock,
+        seconds: float, clock: Clock | None,
     ) -> None:  # fmt: skip
         if not configs:
             raise ValueError("configs must hold at least one candidate")
@@ -125,13 +125,13 @@ class TunedKernel:
 
     def _measured(self, found: Decision, grid: Any, args: tuple[Any, ...], named: Values) -> Values:
         given = inspect.signature(self.kernel.fn).bind_partial(*args, **named).arguments
+        at = next((v for v in given.values() if isinstance(v, Tensor)), torch.empty(0))
         expected: list[Tensor] = []
         runs, kept = [], []
         for config in self.candidates:
             copies = {n: v.clone() if isinstance(v, Tensor) else v for n, v in given.items()}
-            at = next((v for v in copies.values() if isinstance(v, Tensor)), torch.empty(0))
 
-            def run(at: Tensor = at, copies: Values = copies, config: Values = config) -> None:
+            def run(copies: Values = copies, config: Values = config) -> None:
                 with on(at):
                     self.kernel[grid](**copies, **config)
 
@@ -141,7 +141,8 @@ class TunedKernel:
             if all(map(_agree, results, expected)):
                 runs.append(run)
                 kept.append(config)
-        verdict = compete(runs, seconds=self.seconds, clock=self.clock)
+        clock = self.clock or clock_of(at.device)
+        verdict = compete(runs, seconds=self.seconds, clock=clock)
         figures = {
             "chosen_us": round(verdict.medians[verdict.winner] * 1e6, 2),
             "default_us": round(verdict.medians[0] * 1e6, 2),

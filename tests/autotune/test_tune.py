@@ -17,7 +17,7 @@ import kexaone
 from kexaone.__main__ import main
 from kexaone.autotune import session
 from kexaone.autotune.accuracy import Oracle, outputs
-from kexaone.autotune.compete import compete, interval
+from kexaone.autotune.compete import clock_of, compete, interval, seconds_of
 from kexaone.autotune.tasks import DECODING, SHAPES, TRAINING, Setting
 from kexaone.autotune.tune_commands import parse_seconds
 from kexaone.autotune.tuner import knobs_of, settled
@@ -78,6 +78,29 @@ def test_between_equals_the_first_wins(seed):
 def test_a_contest_ends_in_time_and_says_that_it_is_not_certain():
     verdict = compete(timed(1.0, 0.99), seconds=0, clock=Noisy(1, 0.5))
     assert verdict.rounds == 6 and not verdict.certain
+
+
+def test_a_gpu_is_timed_by_its_events(monkeypatch):
+    """The events are waited for, and their milliseconds are the seconds of the call."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("record")
+
+        def synchronize(self):
+            log.append("wait")
+
+        def elapsed_time(self, end):
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    assert clock_of(torch.device("cuda"))(lambda: log.append("run")) == pytest.approx(0.0025)
+    assert log == ["record", "run", "record", "wait"]
+    assert clock_of(CPU) is seconds_of
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=60))
