@@ -16,6 +16,7 @@ from .tasks import Maker, Setting
 from .tuner import Outcome, Tuner
 
 _WAIT_SECONDS = 3600.0
+_LOCK = ".tuning.lock"
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -38,10 +39,10 @@ def tune_all(
     seconds: float,
     top: int = 8,
     repeat: bool = False,
-    done: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
     **options: Any,
 ) -> tuple[list[Outcome], list[str]]:
-    """Outcomes of all tasks, and what went wrong in saving them.
+    """Outcomes of all tasks, and what went wrong in saving them; `say` is told each task's name.
 
     Only one process of a machine measures at a time: another waits, and then finds the entries of
     the first. So processes of one job that share a cache directory choose alike.
@@ -52,9 +53,7 @@ def tune_all(
     outcomes, trouble, seen = [], [], set()
     with ExitStack() as stack:
         try:
-            stack.enter_context(
-                locked(user_file(arch), seconds=_WAIT_SECONDS, suffix=".tuning.lock")
-            )
+            stack.enter_context(_alone(arch, say))
         except (OSError, Timeout) as error:
             trouble.append(f"tuning without a lock: {error}")
         from ..kernels import tables
@@ -64,14 +63,28 @@ def tune_all(
         tuner = Tuner(seconds=seconds, top=top, **options)
         for position, (maker, setting) in enumerate(makers):
             task = maker(setting)
+            say(f"{task.op} {task.problem}")
             tuned = tuner.tune(task, repeat=repeat, tasks_left=len(makers) - position)
             found = [o for o in tuned if _new(o, seen)]
             outcomes += found
             entries = [o.entry for o in found if o.entry is not None]
             if entries and (problem := save(arch, entries)) and problem not in trouble:
                 trouble.append(problem + "; the choices hold in this process only")
-            done(f"{task.op} {task.problem}")
     return outcomes, trouble
+
+
+def _alone(arch: str, say: Callable[[str], None]) -> ExitStack:
+    """Holds the lock under which one process of a machine measures; says so where it waits."""
+    with ExitStack() as stack:
+        for seconds in (0.1, _WAIT_SECONDS):
+            try:
+                stack.enter_context(locked(user_file(arch), seconds=seconds, suffix=_LOCK))
+                break
+            except Timeout:
+                if seconds == _WAIT_SECONDS:
+                    raise
+                say("waiting for another process that tunes")
+        return stack.pop_all()
 
 
 def _new(outcome: Outcome, seen: set[str]) -> bool:

@@ -121,7 +121,7 @@ def _run(
         task = bar.add_task("tune", total=len(makers))
         outcomes, trouble = session.tune_all(
             makers, seconds=seconds, top=top, repeat=repeat,
-            done=lambda name: bar.update(task, advance=1, description=name),
+            say=lambda name: bar.update(task, advance=1, description=name),
         )  # fmt: skip
     for line in trouble:
         terminal.print(line, soft_wrap=True)

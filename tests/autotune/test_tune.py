@@ -18,6 +18,7 @@ from kexaone.__main__ import main
 from kexaone.autotune import session
 from kexaone.autotune.accuracy import Oracle, outputs
 from kexaone.autotune.compete import clock_of, compete, interval, seconds_of
+from kexaone.autotune.store import locked
 from kexaone.autotune.tasks import DECODING, SHAPES, TRAINING, Setting
 from kexaone.autotune.tune_commands import parse_seconds
 from kexaone.autotune.tuner import knobs_of, settled
@@ -360,3 +361,13 @@ def test_a_kernel_that_writes_in_place_runs_once():
         assert torch.equal(x, torch.ones(16))
         tuned[(1,)](x, 16)
     assert torch.equal(x, 2 * torch.ones(16)) and "measured" in tuned.why(x, 16)
+
+
+def test_waiting_for_another_process_is_said():
+    said = []
+    with locked(user_file("cpu"), suffix=session._LOCK), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "_WAIT_SECONDS", 0.2)
+        # it gives up at last, and tunes all the same
+        _, trouble = session.tune_all(mini("qk_norm_rope"), seconds=1e-9, say=said.append)
+    assert said[0] == "waiting for another process that tunes" and len(said) == 2
+    assert "without a lock" in trouble[0]
