@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .cache import Cache
 from .sampling import Sampling, draw, verify
+from .stepper import Stepper
 from .transformer import KExaone
 
 # as many as the largest of the released models was trained for; more are hardly ever accepted
@@ -130,6 +131,7 @@ class _Run:
             drafts=drafts,
         )
         self.cache.reserve(longest + max_new_tokens)
+        self.stepper = Stepper(model, self.cache)
         self.generator = sampling.generator(self.device)
         self.outputs: list[list[int]] = [[] for _ in prompts]
         self.active = [True] * len(prompts)
@@ -229,7 +231,7 @@ class _Run:
             pieces = [p[offset : offset + chunk] for p in self.prompts]
             packing = self.cache.packing([len(p) for p in pieces])
             ids = self._tensor([t for p in pieces for t in p])
-            hidden = self.model.features(ids, packing, cache=self.cache).hidden_NH
+            hidden = self.stepper.features(ids, packing)
             parts = list(hidden.split(packing.lengths))
             for b, (prompt, part) in enumerate(zip(self.prompts, parts, strict=True)):
                 if offset < len(prompt) <= offset + chunk:
@@ -249,7 +251,7 @@ class _Run:
         if not packing.total:
             return None
         ids = self._tensor([t for f in followers for t in f])
-        return self.model.predict_further(torch.cat(hidden), ids, packing, cache=self.cache)
+        return self.stepper.predict_further(torch.cat(hidden), ids, packing)
 
     def _step(
         self, carry: dict[int, Tensor], latest: list[list[int]]
@@ -265,8 +267,7 @@ class _Run:
         inputs = torch.cat((pending[:, None], drafts), 1)
         lengths = [count + 1 if on else 0 for on in self.active]
         packing = self.cache.packing(lengths)
-        features = self.model.features(inputs.flatten(), packing, cache=self.cache)
-        hidden = features.hidden_NH.view(len(rows), count + 1, -1)
+        hidden = self.stepper.features(inputs.flatten(), packing).view(len(rows), count + 1, -1)
         logits = self.model.lm_head(hidden)
         target = torch.stack(
             [self._probabilities(logits[:, i], rows, drafts[:, :i]) for i in range(count + 1)], 1
@@ -308,9 +309,7 @@ class _Run:
             for step in range(count):
                 if step:
                     packing = self.cache.packing([int(on) for on in self.active], mtp=True)
-                    output = self.model.predict_further(
-                        output, drafts[:, -1], packing, step=step, cache=self.cache
-                    )
+                    output = self.stepper.predict_further(output, drafts[:, -1], packing, step=step)
                 logits = self.model.lm_head(output)
                 distributions.append(self._probabilities(logits, rows, drafts))
                 drafts = torch.cat((drafts, draw(distributions[-1], self.generator)[:, None]), 1)

@@ -9,6 +9,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+BUFFERS = ("cu_seqlens", "held", "rows", "positions")
+"""What kernels read of a packing."""
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -47,6 +50,23 @@ class Packing:
     @property
     def longest(self) -> int:
         return max(self.lengths, default=0)
+
+    @classmethod
+    def fixed(cls, like: Packing, *, capacity: int, turns: tuple[Tensor, Tensor]) -> Packing:
+        """One that owns buffers, to be filled anew for any pack of as many tokens.
+
+        Its sequences may reach `capacity` positions, and stand on the host as if they had.
+        """
+        starts = tuple(capacity - n for n in like.lengths)
+        fixed = cls(like.lengths, starts, like.device)
+        # where a cached property looks first
+        vars(fixed).update({name: getattr(like, name).clone() for name in BUFFERS}, turns=turns)
+        return fixed
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor] | None:
+        """Rotary cos and sin of the tokens, [N, 1, D/2] each, where they are at hand."""
+        return None
 
     @cached_property
     def cu_seqlens(self) -> Tensor:

@@ -33,6 +33,11 @@ class Features:
     routings: tuple[Routing, ...]
 
 
+def rope_of(packing: Packing, cfg: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin of the positions of packed tokens, [N, 1, D/2] each."""
+    return packing.turns or rope_tables(packing.positions, cfg.head_dim, cfg.rope_theta)
+
+
 class DecoderLayer(nn.Module):
     """h = x + attention(norm(x)); y = h + mlp(norm(h)), the mlp dense or a mixture of experts."""
 
@@ -86,7 +91,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(self, ids_N: Tensor, packing: Packing, *, cache: Cache | None = None) -> Features:
-        rope = rope_tables(packing.positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_of(packing, self.config)
         x, routings = self.embed_tokens(ids_N), []
         for i, layer in enumerate(self.layers):
             x, routing = layer(x, packing, rope=rope, cache=cache.layers[i] if cache else None)
@@ -125,7 +130,7 @@ class MTP(nn.Module):
         """The block's normed output [N, H]: input of the head, and of the next step."""
         halves = (self.pre_fc_norm_embedding(embedded_NH), self.pre_fc_norm_hidden(hidden_NH))
         x = self.fc(torch.cat(halves, dim=-1))
-        rope = rope_tables(packing.positions, self.config.head_dim, self.config.rope_theta)
+        rope = rope_of(packing, self.config)
         index = step % len(self.layers)
         layer_cache = cache.mtp_layers[index] if cache else None
         x, _ = self.layers[index](x, packing, rope=rope, cache=layer_cache)

@@ -1,0 +1,133 @@
+"""Recorded decoding steps: the same tokens as steps run one by one, and no Python in between."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from training_cases import TINY
+
+from kexaone import Config, KExaone
+from kexaone.model import stepper
+from kexaone.model.cache import Cache
+from kexaone.model.sampling import Sampling
+
+CONFIGS = {
+    "rings and growing layers": TINY,
+    "growing layers only": dataclasses.replace(TINY, windows=(0, 0), mtp_steps=1),
+    "rings only": dataclasses.replace(TINY, windows=(4, 6), num_shared_experts=0),
+}
+
+
+def model_of(config: Config, dtype: torch.dtype = torch.float32) -> KExaone:
+    torch.manual_seed(0)
+    model = KExaone(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # logits far enough apart that rounding does not decide
+            parameter.mul_(1 if parameter.dim() == 1 else 20)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Records every step when it is seen a second time."""
+    with patch.object(stepper, "PATIENCE", 1), patch("kexaone.kernels.dispatch.LAUNCH_BOUND", -1):
+        yield
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_same_tokens_as_step_by_step(
+    name: str, drafts: int, temperature: float, impatient: None
+) -> None:
+    model = model_of(CONFIGS[name])
+    prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
+    options = {
+        "max_new_tokens": 40,
+        "drafts": drafts,
+        "sampling": Sampling(temperature=temperature, seed=3),
+        # sequences end at different times, so steps of three, two and one rows are recorded
+        "stop_ids": (0, 13),
+    }
+    recorded = model.generate(prompts, **options)
+    with patch.object(stepper, "MOST_TOKENS", 0):
+        expected = model.generate(prompts, **options)
+    assert recorded.token_ids == expected.token_ids
+    assert recorded.statistics.accepted_at == expected.statistics.accepted_at
+
+
+def test_python_runs_no_more_once_recorded(impatient: None) -> None:
+    model = model_of(TINY)
+    with patch.object(model, "features", wraps=model.features) as features:
+        model.generate([[1, 2, 3], [4, 5]], max_new_tokens=30, stop_ids=())
+    # the prompt, the first step as it is, and the second while it is recorded
+    assert features.call_count == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_far_beyond_the_window(dtype: torch.dtype, impatient: None) -> None:
+    model = model_of(TINY, dtype)
+    caches = [Cache(TINY, 2, like=model.lm_head.weight, chunk=8, drafts=2) for _ in range(2)]
+    for cache in caches:
+        cache.reserve(64)
+    steps = stepper.Stepper(model, caches[0])
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        for lengths in ([3, 1], [1, 1], [1, 1], *[[2, 2], [1, 0], [0, 1], [1, 1]] * 5):
+            ids = torch.randint(0, TINY.vocab_size, (sum(lengths),))
+            hidden = steps.features(ids, caches[0].packing(lengths))
+            expected = model.features(ids, caches[1].packing(lengths), cache=caches[1]).hidden_NH
+            scale = expected.float().abs().max()
+            error = (hidden.float() - expected.float()).abs().max()
+            # four layers of sums that are taken in another order
+            assert error <= 16 * torch.finfo(dtype).eps * scale
+            assert caches[0].lengths == caches[1].lengths
+    assert set(steps._steps) and all(steps._steps.values())
+
+
+def test_weights_changed_in_place_are_seen_and_growing_caches_recorded_anew(
+    impatient: None,
+) -> None:
+    model = model_of(TINY)
+    cache = Cache(TINY, 1, like=model.lm_head.weight, chunk=4)
+    cache.reserve(12)
+    steps, ids = stepper.Stepper(model, cache), torch.tensor([5])
+    with torch.inference_mode():
+        for _ in range(4):
+            steps.features(ids, cache.packing([1]))
+        model.model.norm.weight.zero_()
+        assert not steps.features(ids, cache.packing([1])).any()
+        model.model.norm.weight.fill_(1)
+        for _ in range(20):
+            steps.features(ids, cache.packing([1]))
+        other = Cache(TINY, 1, like=model.lm_head.weight, chunk=32)
+        expected = model.features(ids.expand(25), other.packing([25]), cache=other).hidden_NH[-1]
+        found = model.features(ids, cache.packing([1]), cache=cache).hidden_NH
+        again = model.features(ids, other.packing([1]), cache=other).hidden_NH
+    assert len(expected) == TINY.hidden_size
+    torch.testing.assert_close(found, again, rtol=1e-5, atol=1e-5)
+
+
+def test_models_that_cannot_be_recorded_run_as_they_are(impatient: None) -> None:
+    class Scaled(torch.nn.Module):
+        """What an adapter puts around a layer."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) * 0.5
+
+    model = model_of(TINY)
+    layer = model.model.layers[1].self_attn
+    layer.o_proj = Scaled(layer.o_proj)
+    recorded = model.generate([[1, 2, 3]], max_new_tokens=20, stop_ids=())
+    with patch.object(stepper, "MOST_TOKENS", 0):
+        assert recorded.token_ids == model.generate([[1, 2, 3]], max_new_tokens=20,
+                                                    stop_ids=()).token_ids  # fmt: skip
