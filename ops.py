@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from .kernels.cross_entropy import linear_cross_entropy as linear_cross_entropy
     from .kernels.cross_entropy import linear_cross_entropy_tokens as linear_cross_entropy_tokens
     from .kernels.dequantize import dequantize_fp8 as dequantize_fp8
+    from .kernels.expert_weights_fp8 import weight_gradient_fp8 as weight_gradient_fp8
     from .kernels.experts import moe_experts as moe_experts
     from .kernels.experts_fp8 import moe_experts_fp8 as moe_experts_fp8
+    from .kernels.experts_fp8_training import (
+        moe_experts_fp8_training as moe_experts_fp8_training,
+    )
     from .kernels.gradient_norm import clip_gradients as clip_gradients
     from .kernels.gradient_norm import gradient_norm as gradient_norm
     from .kernels.grouped_gemm import grouped_gemm as grouped_gemm
@@ -34,6 +38,7 @@ if TYPE_CHECKING:
     from .kernels.qk_norm_rope_cache import qk_norm_rope_cache as qk_norm_rope_cache
     from .kernels.qk_norm_rope_packed import qk_norm_rope_packed as qk_norm_rope_packed
     from .kernels.quantize import quantize_fp8 as quantize_fp8
+    from .kernels.quantize_groups import quantize_fp8_groups as quantize_fp8_groups
     from .kernels.quantize_tiles import quantize_fp8_blocks as quantize_fp8_blocks
     from .kernels.quantize_tiles import quantize_fp8_both as quantize_fp8_both
     from .kernels.quantize_tiles import quantize_fp8_transposed as quantize_fp8_transposed
@@ -64,6 +69,7 @@ _HOMES = {
     "linear_skinny": "linear_skinny",
     "moe_experts": "experts",
     "moe_experts_fp8": "experts_fp8",
+    "moe_experts_fp8_training": "experts_fp8_training",
     "newton_schulz": "newton_schulz",
     "permute": "permute",
     "qk_norm_rope": "qk_norm_rope",
@@ -72,6 +78,7 @@ _HOMES = {
     "quantize_fp8": "quantize",
     "quantize_fp8_blocks": "quantize_tiles",
     "quantize_fp8_both": "quantize_tiles",
+    "quantize_fp8_groups": "quantize_groups",
     "quantize_fp8_transposed": "quantize_tiles",
     "rms_norm": "rmsnorm",
     "rms_norm_fp8": "rmsnorm_fp8",
@@ -79,6 +86,7 @@ _HOMES = {
     "swiglu": "swiglu",
     "swiglu_fp8": "swiglu",
     "unpermute": "permute",
+    "weight_gradient_fp8": "expert_weights_fp8",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]

@@ -150,6 +150,11 @@ def _route(b: Builder) -> None:
     train(*(t for t in tensors(out) if t.is_floating_point()))
 
 
+def _balance(b: Builder) -> None:
+    ids = b.data((torch.arange(T * K) * 37 % E).view(T, K))
+    train(ops.balance_statistics(b.floats(T, E, dtype=torch.float32), ids, sequences=2).shares_BE)
+
+
 def _grouped_gemm(tokens: int) -> Callable[[Builder], None]:
     def call(b: Builder) -> None:
         found = _grouping(b, tokens)
@@ -197,11 +202,18 @@ def _moe_experts_fp8(tokens: int) -> Callable[[Builder], None]:
     return call
 
 
-def _attention(window: int) -> Callable[[Builder], None]:
+def _moe_experts_fp8_training(b: Builder) -> None:
+    found, weights = _grouping(b, T), b.floats(T, K, dtype=torch.float32)
+    gate_up, down = b.floats(E, 2 * WIDTH, H), b.floats(E, H, WIDTH)
+    train(ops.moe_experts_fp8_training(b.floats(T, H), gate_up, down, weights, found.offsets,
+                                       found.order))  # fmt: skip
+
+
+def _attention(window: int, dim: int = HEAD) -> Callable[[Builder], None]:
     def call(b: Builder) -> None:
-        q, k, _, _ = _heads(b)
+        q, k, v = b.floats(T, QUERIES, dim), b.floats(T, KEYS, dim), b.floats(T, KEYS, dim)
         starts = b.data(torch.tensor([0, T], dtype=torch.int32))
-        out = ops.attention(q, k, b.floats(T, KEYS, HEAD), cu_seqlens=starts, window=window)
+        out = ops.attention(q, k, v, cu_seqlens=starts, window=window)
         train(out.out)
 
     return call
@@ -260,6 +272,7 @@ CASES = (
     Case("dequantize_fp8", f"{T} x {H}", lambda b: ops.dequantize_fp8(
         *tensors(_float8(b, T, H, block=1))), fp8=True),
     Case("route", f"{T} tokens", _route),
+    Case("balance_statistics", f"{T} tokens", _balance),
     Case("group_by_expert", f"{T} tokens", lambda b: ops.group_by_expert(
         b.data(torch.arange(T * K).view(T, K) * 37 % E), experts=E)),
     Case("permute", f"{T} tokens", _permute),
@@ -275,8 +288,11 @@ CASES = (
     Case("grouped_gemm_fp8", f"{T} tokens", _grouped_gemm_fp8, fp8=True),
     Case("moe_experts_fp8", f"{T} tokens", _moe_experts_fp8(T), fp8=True),
     Case("moe_experts_fp8", "64 tokens", _moe_experts_fp8(64), fp8=True),
+    Case("moe_experts_fp8_training", f"{T} tokens", _moe_experts_fp8_training, fp8=True),
     Case("attention", f"{T} tokens, window 128", _attention(128)),
     Case("attention", f"{T} tokens", _attention(0)),
+    Case("attention", f"{T} tokens, heads of 64", _attention(0, 64)),
+    Case("attention", f"{T} tokens, heads of 256", _attention(0, 256)),
     Case("attention_decode", f"64 x {T}, window 128", _attention_decode(128)),
     Case("attention_decode", f"64 x {T}", _attention_decode(0)),
     Case("newton_schulz", f"{E} x {WIDTH} x {H}",

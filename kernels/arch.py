@@ -17,7 +17,10 @@ class Arch:
 
     `processors` are streaming multiprocessors (compute units, cores) of its largest part,
     `shared_bytes` the shared memory one program may use, `registers` the 32-bit registers of one
-    processor, `warps` the most warps one processor holds.
+    processor, `warps` the most warps one processor holds. `shared_operands`: matrix instructions
+    read both operands from shared memory, so registers hold sums only. `fnuz`: float8 products
+    take e4m3fnuz, whose bits mean half of what they mean in e4m3fn. `direct_copies`: loads go to
+    shared memory without registers, so that every pipeline stage has memory of its own.
     """
 
     name: str
@@ -29,6 +32,13 @@ class Arch:
     warps: int = 64
     fp8: bool = True
     descriptors: bool = False
+    shared_operands: bool = False
+    fnuz: bool = False
+    direct_copies: bool = True
+
+    def buffers(self, stages: int) -> int:
+        """How often a pipeline of `stages` stages holds its operands in shared memory."""
+        return stages if self.direct_copies else stages - 1
 
     @property
     def is_cpu(self) -> bool:
@@ -41,10 +51,20 @@ ARCHS = {
     for arch in (
         Arch("sm_80", "cuda", 108, 32, 163 * _KIB, fp8=False),
         Arch("sm_89", "cuda", 142, 32, 99 * _KIB, warps=48),
-        Arch("sm_90", "cuda", 132, 32, 227 * _KIB, descriptors=True),
-        Arch("sm_100", "cuda", 148, 32, 227 * _KIB, descriptors=True),
+        Arch("sm_90", "cuda", 132, 32, 227 * _KIB, descriptors=True, shared_operands=True),
+        Arch("sm_100", "cuda", 148, 32, 227 * _KIB, descriptors=True, shared_operands=True),
         Arch("sm_120", "cuda", 188, 32, 99 * _KIB, warps=48, descriptors=True),
-        Arch("gfx942", "hip", 304, 64, 64 * _KIB, registers=131_072, warps=32),
+        Arch(
+            "gfx942",
+            "hip",
+            304,
+            64,
+            64 * _KIB,
+            registers=131_072,
+            warps=32,
+            fnuz=True,
+            direct_copies=False,
+        ),
         Arch("gfx950", "hip", 256, 64, 160 * _KIB, registers=131_072, warps=32),
     )
 }

@@ -76,7 +76,7 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
     """Whether the stages fit shared memory and the sums take at most 128 registers a thread."""
     stage = (config.rows + config.columns) * config.depth * problem.size
     sums = config.rows * config.columns / (config.num_warps * arch.warp_size)
-    held = config.num_stages - (arch.backend == "hip")
+    held = arch.buffers(config.num_stages)
     return stage * held <= arch.shared_bytes - 2048 and 8 <= sums <= 64
 
 

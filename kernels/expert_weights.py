@@ -31,7 +31,7 @@ def weight_configs(problem: Problem, arch: Arch) -> list[Config]:
         for side in (128, 64)
         for depth in (64, 32, 128)
         for stages in (3, 2, 4)
-        if 2 * side * depth * size * (stages - (arch.backend == "hip")) <= arch.shared_bytes - 2048
+        if 2 * side * depth * size * arch.buffers(stages) <= arch.shared_bytes - 2048
         and depth * size <= 256
     ]
 

@@ -28,7 +28,7 @@ from .expert_weights import weight_gradient
 from .grouped_gemm import check_groups, grouped_gemm_reference, multiply, sum_choices
 from .lang import tl, triton
 from .launch import empty, on, register, require, rows
-from .swiglu import halves, swiglu_reference
+from .swiglu import activated, gradients, swiglu_reference
 
 
 def moe_experts_reference(
@@ -40,14 +40,6 @@ def moe_experts_reference(
     y = grouped_gemm_reference(swiglu_reference(z, limit=limit), down, offsets)
     by_token = y.index_select(0, order.argsort()).unflatten(0, weights.shape)
     return (by_token * weights.unsqueeze(-1)).sum(1).to(x.dtype)
-
-
-@triton.jit
-def activated(gate, up, limit, CLAMP: tl.constexpr):
-    """silu(gate) * up in the dtype of gate, rounded as two operations."""
-    g, u = halves(gate, up, limit, CLAMP)
-    silu = (g / (1.0 + tl.exp(-g))).to(gate.dtype)
-    return (silu.to(tl.float32) * u).to(gate.dtype)
 
 
 @triton.jit
@@ -93,6 +85,29 @@ def _gated_kernel(
 
 
 @triton.jit
+def store_gated_gradient(
+    total, z_MN, dz_MN, scaled_MD, weights_M, partial_PM, order_M, m, live_M, column, M, D, limit,
+    CLAMP: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of y, times down: dz, weights * h, and this tile's share of dweights."""
+    i = column + tl.arange(0, BLOCK_N)
+    slot = tl.load(order_M + m)
+    weight = tl.load(weights_M + slot)[:, None]
+    live = live_M[:, None] & (i < D)[None, :]
+    at = m.to(tl.int64)[:, None] * D + i[None, :]
+    first = m.to(tl.int64)[:, None] * (2 * D) + i[None, :]
+    gate = tl.load(z_MN + first, mask=live, other=0.0)
+    up = tl.load(z_MN + D + first, mask=live, other=0.0)
+    h = activated(gate, up, limit, CLAMP).to(tl.float32)
+    share = tl.sum(tl.where(live, total * h, 0.0), 1)
+    tl.store(partial_PM + (column // BLOCK_N).to(tl.int64) * M + slot, share, mask=live_M)
+    tl.store(scaled_MD + at, (h * weight).to(scaled_MD.dtype.element_ty), mask=live)
+    d_gate, d_up = gradients(total * weight, gate, up, limit, CLAMP)
+    tl.store(dz_MN + first, d_gate.to(dz_MN.dtype.element_ty), mask=live)
+    tl.store(dz_MN + D + first, d_up.to(dz_MN.dtype.element_ty), mask=live)
+
+
+@triton.jit
 def _gated_backward_tile(
     grad_TH, w_DH, z_MN, dz_MN, scaled_MD, weights_M, partial_PM, order_M, row, end, column, M, D,
     H, top_k, x_stride, n_stride, k_stride, limit, CLAMP: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -110,28 +125,9 @@ def _gated_backward_tile(
         total = product(grad_TH, w_DH, source, i if WHOLE else tl.minimum(i, D - 1), H, x_stride,
                         n_stride, k_stride, TRANSPOSED, BLOCK_M, BLOCK_N, BLOCK_K,
                         WHOLE)  # fmt: skip
-        slot = tl.load(order_M + m)
-        weight = tl.load(weights_M + slot)[:, None]
-        rows = row + tl.arange(0, BLOCK_M) < end
-        live = rows[:, None] & (i < D)[None, :]
-        at = m.to(tl.int64)[:, None] * D
-        gate = tl.load(z_MN + 2 * at + i[None, :], mask=live, other=0.0)
-        up = tl.load(z_MN + 2 * at + D + i[None, :], mask=live, other=0.0)
-        g, u = halves(gate, up, limit, CLAMP)
-        h = activated(gate, up, limit, CLAMP).to(tl.float32)
-        share = tl.sum(tl.where(live, total * h, 0.0), 1)
-        tl.store(partial_PM + (column // BLOCK_N).to(tl.int64) * M + slot, share, mask=rows)
-        dtype = dz_MN.dtype.element_ty
-        tl.store(scaled_MD + at + i[None, :], (h * weight).to(dtype), mask=live)
-        sigmoid = 1.0 / (1.0 + tl.exp(-g))
-        grad = total * weight
-        d_gate = grad * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)))
-        d_up = grad * (g * sigmoid)
-        if CLAMP:
-            d_gate = tl.where(gate.to(tl.float32) == g, d_gate, 0.0)
-            d_up = tl.where(up.to(tl.float32) == u, d_up, 0.0)
-        tl.store(dz_MN + 2 * at + i[None, :], d_gate.to(dtype), mask=live)
-        tl.store(dz_MN + 2 * at + D + i[None, :], d_up.to(dtype), mask=live)
+        store_gated_gradient(total, z_MN, dz_MN, scaled_MD, weights_M, partial_PM, order_M, m,
+                             row + tl.arange(0, BLOCK_M) < end, column, M, D, limit, CLAMP,
+                             BLOCK_N)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M", "E", "top_k"])

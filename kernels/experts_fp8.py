@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, source_rows
-from .experts import activated, moe_experts_reference
-from .fp8_tiles import gated_configs, has_fp8, product_fp8
+from .experts import moe_experts_reference
+from .fp8_tiles import form_of, gated_configs, has_fp8, product_fp8
 from .grouped_gemm import grouped_gemm_reference, sum_choices
 from .grouped_gemm_fp8 import (
     check_rows,
@@ -28,7 +28,7 @@ from .grouped_gemm_fp8 import (
 from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_reference, quantize_rows
-from .swiglu import swiglu_reference
+from .swiglu import activated, swiglu_reference
 
 
 def moe_experts_fp8_reference(
@@ -51,16 +51,16 @@ def moe_experts_fp8_reference(
 
 @triton.jit
 def _gated_tile(
-    x_TH, x_scales_TG, w_NH, w_scales_NG, h_MD, h_scales_MG, order_M, row, end, column, D, H,
-    top_k, x_stride, x_scale_stride, n_stride, k_stride, n_scale_stride, k_scale_stride, limit,
-    FORM: tl.constexpr, CLAMP: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    x_TH, x_scales_TG, w_NH, w_scales_NG, z_MN, h_MD, h_scales_MG, order_M, row, end, column, D,
+    H, top_k, x_stride, x_scale_stride, n_stride, k_stride, n_scale_stride, k_scale_stride, limit,
+    FORM: tl.constexpr, KEEP: tl.constexpr, CLAMP: tl.constexpr, POWER_OF_TWO: tl.constexpr,
     TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, LEAST_M: tl.constexpr,
     BLOCK_N: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     if BLOCK_M > LEAST_M and end - row <= BLOCK_M // 2:
-        _gated_tile(x_TH, x_scales_TG, w_NH, w_scales_NG, h_MD, h_scales_MG, order_M, row, end,
-                    column, D, H, top_k, x_stride, x_scale_stride, n_stride, k_stride,
-                    n_scale_stride, k_scale_stride, limit, FORM, CLAMP, POWER_OF_TWO,
+        _gated_tile(x_TH, x_scales_TG, w_NH, w_scales_NG, z_MN, h_MD, h_scales_MG, order_M, row,
+                    end, column, D, H, top_k, x_stride, x_scale_stride, n_stride, k_stride,
+                    n_scale_stride, k_scale_stride, limit, FORM, KEEP, CLAMP, POWER_OF_TWO,
                     TRANSPOSED, WHOLE, BLOCK_M // 2 if BLOCK_M > LEAST_M else LEAST_M, LEAST_M,
                     BLOCK_N, DTYPE)  # fmt: skip
     else:
@@ -76,7 +76,10 @@ def _gated_tile(
         rows = (row + tl.arange(0, BLOCK_M) < end)[:, None]
         h = activated(gate, up, limit, CLAMP)
         at = m.to(tl.int64)[:, None]
-        if FORM == "scaled":
+        if KEEP:
+            tl.store(z_MN + 2 * at * D + i, gate, mask=rows & (i < D))
+            tl.store(z_MN + 2 * at * D + D + i, up, mask=rows & (i < D))
+        if FORM != "wide":
             # columns past the width repeat the last one, which the block's scale has seen already
             h, scales = quantize_rows(h.to(tl.float32), BLOCK_M, BLOCK_N // 2, POWER_OF_TWO)
             group = (column // 256 + tl.arange(0, BLOCK_N // 256))[None, :]
@@ -87,9 +90,9 @@ def _gated_tile(
 
 @triton.jit(do_not_specialize=["E", "top_k"])
 def _gated_kernel(
-    x_TH, x_scales_TG, w_ENH, w_scales_ENG, h_MD, h_scales_MG, order_M, offsets_E, D, H, E, top_k,
-    x_stride, x_scale_stride, e_stride, n_stride, k_stride, e_scale_stride, n_scale_stride,
-    k_scale_stride, limit, FORM: tl.constexpr, CLAMP: tl.constexpr,
+    x_TH, x_scales_TG, w_ENH, w_scales_ENG, z_MN, h_MD, h_scales_MG, order_M, offsets_E, D, H, E,
+    top_k, x_stride, x_scale_stride, e_stride, n_stride, k_stride, e_scale_stride, n_scale_stride,
+    k_scale_stride, limit, FORM: tl.constexpr, KEEP: tl.constexpr, CLAMP: tl.constexpr,
     POWER_OF_TWO: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr, LEAST_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, EXPERTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -98,20 +101,20 @@ def _gated_kernel(
     expert, row, end, column = find_tile(offsets_E, 2 * D, E, BLOCK_M, BLOCK_N, GROUP, EXPERTS)
     if row < end:
         _gated_tile(x_TH, x_scales_TG, w_ENH + expert * e_stride,
-                    w_scales_ENG + expert * e_scale_stride, h_MD, h_scales_MG, order_M, row, end,
-                    column, D, H, top_k, x_stride, x_scale_stride, n_stride, k_stride,
-                    n_scale_stride, k_scale_stride, limit, FORM, CLAMP, POWER_OF_TWO,
+                    w_scales_ENG + expert * e_scale_stride, z_MN, h_MD, h_scales_MG, order_M, row,
+                    end, column, D, H, top_k, x_stride, x_scale_stride, n_stride, k_stride,
+                    n_scale_stride, k_scale_stride, limit, FORM, KEEP, CLAMP, POWER_OF_TWO,
                     TRANSPOSED, WHOLE, BLOCK_M, LEAST_M, BLOCK_N, DTYPE)  # fmt: skip
 
 
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
-def _gated(
+def gated(
     x: Tensor, x_scales: Tensor | None, gate_up: Tensor, scales: Tensor, offsets: Tensor,
-    order: Tensor, top_k: int, epilogue: tuple[float, torch.dtype, bool],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """h, and its scales if x has some."""
+    order: Tensor, top_k: int, epilogue: tuple[float, torch.dtype, bool], *, keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:  # fmt: skip
+    """h, its scales if x has some, and z if it is to be kept."""
     check_rows(x, x_scales, gate_up, scales)
     limit, dtype, power_of_two = epilogue
     experts, width, hidden = gate_up.shape
@@ -120,17 +123,18 @@ def _gated(
     x_rows = x if x_scales is None else rows(x_scales)
     h = empty(count, width, like=x, dtype=x.dtype if scaled else dtype)
     h_scales = empty(count, triton.cdiv(width, BLOCK), like=x, dtype=torch.float32)
+    z = empty(count if keep else 0, 2 * width, like=x, dtype=dtype)
     if h.numel():
         planned = plan("grouped_gemm_fp8_gated", count, gate_up, gated_configs)
         with on(x):
             _gated_kernel[planned.grid](
-                x, x_rows, gate_up, scales, h, h_scales, order, offsets, width, hidden, experts,
+                x, x_rows, gate_up, scales, z, h, h_scales, order, offsets, width, hidden, experts,
                 top_k, x.stride(0), x_rows.stride(0), *gate_up.stride(), *scales.stride(),
-                float(limit), FORM="scaled" if scaled else "wide",
+                float(limit), FORM=form_of("scaled" if scaled else "wide", x), KEEP=keep,
                 CLAMP=limit > 0, POWER_OF_TWO=power_of_two, DTYPE=_DTYPES[dtype],
                 **planned.constants,
             )  # fmt: skip
-    return h, h_scales if scaled else None
+    return h, h_scales if scaled else None, z
 
 
 def _forward(
@@ -150,8 +154,8 @@ def _forward(
             whole(x, x_scales), *pairs, weights, offsets, order, limit=limit, dtype=dtype,
             power_of_two=power_of_two)  # fmt: skip
     top_k = weights.shape[1]
-    h, h_scales = _gated(x, x_scales, gate_up, gate_up_scales, offsets, order, top_k,
-                         (limit, dtype, power_of_two))  # fmt: skip
+    h, h_scales, _ = gated(x, x_scales, gate_up, gate_up_scales, offsets, order, top_k,
+                            (limit, dtype, power_of_two))  # fmt: skip
     y = multiply_fp8(h, h_scales, down, down_scales, offsets, order, top_k, True, dtype)
     return sum_choices(y, top_k, weights)
 

@@ -7,7 +7,8 @@ tensor core keeps fewer bits in its own float8 sums. Method: DeepSeek-V3 (arXiv 
 
 The other operand comes in one of three forms: `scaled` float8 with one scale per 1 x 128 block,
 `quantize`: the same from a wider x, cast here with the bits of `quantize_fp8`, and `wide`: x is
-left as it is and W is widened, exactly, to its dtype.
+left as it is and W is widened, exactly, to its dtype. Where instructions take e4m3fnuz, in which
+the same bits mean half, they are given to them as they are and the sums multiplied by four.
 
 Shape letters: M rows, N outputs, K inputs, G blocks of 128 inputs.
 """
@@ -37,7 +38,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 def feasible(config: Config, arch: Arch) -> bool:
     """Whether the stages fit shared memory with an x of two bytes."""
     stage = (2 * config.rows + config.columns) * BLOCK
-    held = config.num_stages - (arch.backend == "hip")
+    held = arch.buffers(config.num_stages)
     return stage * held <= arch.shared_bytes - 2048
 
 
@@ -49,6 +50,23 @@ def gated_configs(problem: Problem, arch: Arch) -> list[Config]:
     most = 32 if arch.backend == "hip" else 128
     found = configs(problem, arch)
     return [c for c in found if c.columns == 2 * BLOCK and c.num_warps == 8 and c.rows <= most]
+
+
+@triton.jit
+def fnuz_bits(bits):
+    """Bits of half of an e4m3fn number in e4m3fnuz: the same, but for -0 and NaN."""
+    nan = (bits & 0x7F) == 0x7F
+    return tl.where(nan, 0x80, tl.where(bits == 0x80, 0, bits)).to(tl.uint8)
+
+
+@triton.jit
+def dot_fp8(a, b, FNUZ: tl.constexpr):
+    """float32 products of e4m3fn tiles."""
+    if FNUZ:
+        a = fnuz_bits(a.to(tl.uint8, bitcast=True)).to(tl.float8e4b8, bitcast=True)
+        b = fnuz_bits(b.to(tl.uint8, bitcast=True)).to(tl.float8e4b8, bitcast=True)
+        return tl.dot(a, b) * 4.0
+    return tl.dot(a, b, input_precision="ieee")
 
 
 @triton.jit
@@ -81,16 +99,16 @@ def product_fp8(
             a = tl.load(x, mask=live[None, :], other=0.0)
             b = tl.load(w, mask=live[None, :] if TRANSPOSED else live[:, None], other=0.0)
         scale = tl.load(w_scale)
-        if FORM == "quantize":
+        if FORM == "quantize" or FORM == "quantize fnuz":
             a, rows_scale = quantize_rows(a.to(tl.float32), BLOCK_M, 128, POWER_OF_TWO)
             scale = rows_scale * scale
-        elif FORM == "scaled":
+        elif FORM != "wide":
             scale = tl.load(x_scale)[:, None] * scale
         if FORM == "wide":
             b = b.to(a.dtype)
         if TRANSPOSED:
             b = tl.trans(b)
-        total += tl.dot(a, b, input_precision="ieee") * scale
+        total += dot_fp8(a, b, FORM == "scaled fnuz" or FORM == "quantize fnuz") * scale
         x += 128
         w += 128 * k_stride
         x_scale += 1
@@ -101,6 +119,11 @@ def product_fp8(
 def has_fp8(x: Tensor) -> bool:
     """Whether kernels on the device of `x` can load float8; where not, ops run their reference."""
     return arch_of(x.device).fp8
+
+
+def form_of(name: str, x: Tensor) -> str:
+    """`name` as the kernels on the device of `x` know it."""
+    return f"{name} fnuz" if arch_of(x.device).fnuz and name != "wide" else name
 
 
 def check_scales(weight: Tensor, scales: Tensor) -> None:

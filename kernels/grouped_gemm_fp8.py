@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, source_rows
-from .fp8_tiles import check_scales, configs, has_fp8, product_fp8
+from .fp8_tiles import check_scales, configs, form_of, has_fp8, product_fp8
 from .grouped_gemm import grouped_gemm_reference
 from .lang import tl, triton
 from .launch import empty, on, register, require, rows
@@ -108,7 +108,7 @@ def multiply_fp8(
                 x, x_scales, weight, scales, out, offsets if order is None else order, offsets,
                 columns, depth, experts, top_k, x.stride(0), x_scales.stride(0),
                 *weight.stride(), *scales.stride(),
-                FORM="scaled" if x.itemsize == 1 else "wide",
+                FORM=form_of("scaled" if x.itemsize == 1 else "wide", x),
                 GATHER=order is not None and not scatter, SCATTER=scatter, **planned.constants,
             )  # fmt: skip
     return out

@@ -18,7 +18,7 @@ from torch import Tensor
 from .arch import Arch
 from .dispatch import choose
 from .expert_tiles import Config, Problem
-from .fp8_tiles import check_scales, has_fp8, product_fp8
+from .fp8_tiles import check_scales, form_of, has_fp8, product_fp8
 from .fp8_tiles import configs as tall_configs
 from .grouped_gemm_fp8 import parts, whole, widen_reference, widen_rows_reference
 from .lang import tl, triton
@@ -96,8 +96,9 @@ def _forward(
             _kernel[grid](
                 flat, flat_scales, weight, scales, out, count, columns, depth, flat.stride(0),
                 flat_scales.stride(0), *weight.stride(), *scales.stride(),
-                FORM="quantize" if x_scales is None else "scaled", POWER_OF_TWO=power_of_two,
-                TRANSPOSED=weight.stride(1) == 1, WHOLE=depth % BLOCK == 0,
+                FORM=form_of("quantize" if x_scales is None else "scaled", x),
+                POWER_OF_TWO=power_of_two, TRANSPOSED=weight.stride(1) == 1,
+                WHOLE=depth % BLOCK == 0,
                 BLOCK_M=config.rows, BLOCK_N=config.columns,
                 num_warps=config.num_warps, num_stages=config.num_stages,
             )  # fmt: skip

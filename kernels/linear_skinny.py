@@ -64,7 +64,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
     """Whether the stages fit shared memory."""
     stage = (config.rows + config.columns) * config.depth * problem.size
-    return stage * (config.num_stages - (arch.backend == "hip")) <= arch.shared_bytes - 2048
+    return stage * arch.buffers(config.num_stages) <= arch.shared_bytes - 2048
 
 
 def problem_of(x: Tensor, weight: Tensor) -> Problem:

@@ -53,6 +53,27 @@ def halves(gate, up, limit, CLAMP: tl.constexpr):
     return g, u
 
 
+@triton.jit
+def activated(gate, up, limit, CLAMP: tl.constexpr):
+    """silu(gate) * up in the dtype of gate, rounded as two operations."""
+    g, u = halves(gate, up, limit, CLAMP)
+    silu = (g / (1.0 + tl.exp(-g))).to(gate.dtype)
+    return (silu.to(tl.float32) * u).to(gate.dtype)
+
+
+@triton.jit
+def gradients(grad, gate, up, limit, CLAMP: tl.constexpr):
+    """float32 gradients of gate and up, from that of the product in float32."""
+    g, u = halves(gate, up, limit, CLAMP)
+    sigmoid = 1.0 / (1.0 + tl.exp(-g))
+    d_gate = grad * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)))
+    d_up = grad * (g * sigmoid)
+    if CLAMP:
+        d_gate = tl.where(gate.to(tl.float32) == g, d_gate, 0.0)
+        d_up = tl.where(up.to(tl.float32) == u, d_up, 0.0)
+    return d_gate, d_up
+
+
 @triton.jit(do_not_specialize=["T"])
 def _forward_kernel(
     gate_TN, up_TN, out_TN, scales_TG, T, N, gate_stride, up_stride, limit,
@@ -63,9 +84,7 @@ def _forward_kernel(
     mask = (row < T) & (at < N)
     gate = tl.load(gate_TN + row * gate_stride + at, mask=mask, other=0.0)
     up = tl.load(up_TN + row * up_stride + at, mask=mask, other=0.0)
-    g, u = halves(gate, up, limit, CLAMP)
-    silu = (g / (1.0 + tl.exp(-g))).to(gate.dtype)
-    y = (silu.to(tl.float32) * u).to(gate.dtype)
+    y = activated(gate, up, limit, CLAMP)
     if QUANTIZE:
         values, scales = quantize_rows(y.to(tl.float32), ROWS, BLOCK, POWER_OF_TWO)
         tl.store(out_TN + row * N + at, values, mask=mask)
@@ -87,13 +106,7 @@ def _backward_kernel(
     grad = tl.load(grad_TN + row * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_TN + row * gate_stride + at, mask=mask, other=0.0)
     up = tl.load(up_TN + row * up_stride + at, mask=mask, other=0.0)
-    g, u = halves(gate, up, limit, CLAMP)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    d_gate = grad * u * (sigmoid * (1.0 + g * (1.0 - sigmoid)))
-    d_up = grad * (g * sigmoid)
-    if CLAMP:
-        d_gate = tl.where(gate.to(tl.float32) == g, d_gate, 0.0)
-        d_up = tl.where(up.to(tl.float32) == u, d_up, 0.0)
+    d_gate, d_up = gradients(grad, gate, up, limit, CLAMP)
     tl.store(d_gate_TN + row * out_stride + at, d_gate.to(gate.dtype), mask=mask)
     tl.store(d_up_TN + row * out_stride + at, d_up.to(gate.dtype), mask=mask)
 

@@ -111,7 +111,7 @@ def differentiate(
     ]
 
 
-def _neighbour(x: Tensor, seed: int) -> Tensor:
+def neighbour(x: Tensor, seed: int) -> Tensor:
     """`x` with every element one rounding away or itself."""
     if not x.is_floating_point():
         return x
@@ -146,7 +146,7 @@ def check(
     ours, oracle = run(function, inputs), run(reference, wide(inputs))
     errors = [torch.zeros_like(t) for t in oracle]
     for k in range(4):
-        near = [_neighbour(x, 9 * k + i) for i, x in enumerate(inputs)] if k else list(inputs)
+        near = [neighbour(x, 9 * k + i) for i, x in enumerate(inputs)] if k else list(inputs)
         naive, exact = run(reference, near), run(reference, wide(near))
         errors = [torch.maximum(e, (n.double() - x).abs())
                   for e, n, x in zip(errors, naive, exact, strict=True)]  # fmt: skip

@@ -15,7 +15,16 @@ from kexaone.kernels.grouping import Permutation, group_by_expert_reference
 from kexaone.kernels.swiglu import swiglu
 from kexaone.kernels.tables import use
 
-from .contract import assert_close, check, check_compiled, differentiate, normal, same_bits, seeds
+from .contract import (
+    assert_close,
+    check,
+    check_compiled,
+    differentiate,
+    neighbour,
+    normal,
+    same_bits,
+    seeds,
+)
 
 EXPERTS = 6
 dtypes = st.sampled_from([torch.bfloat16, torch.float32])
@@ -44,16 +53,24 @@ def bound(function, routing, limit):
 
 
 def check_layer(routing, data, limit, seed=0):
-    """The contract per token and per expert; a token's K weights are too few to be a slice."""
-    layers = (bound(f, routing, limit) for f in (op.moe_experts, op.moe_experts_reference))
-    check(*layers, data, by=None, seed=seed)
-    mine, naive, exact = (
-        [t for part in differentiate(bound(f, routing, limit), inputs, seed) for t in part]
-        for f, inputs in ((op.moe_experts, data), (op.moe_experts_reference, data),
-                          (op.moe_experts_reference, [t.double() for t in data]))
-    )  # fmt: skip
-    for ours, other, oracle in list(zip(mine, naive, exact, strict=True))[:-1]:
-        assert_close(ours, (other.double() - oracle).abs(), oracle, 0)
+    """The contract per token and per expert; a token's K weights are too few to be a slice.
+
+    The naive error is the largest over inputs one rounding apart, as in `check`.
+    """
+    ours, plain = (bound(f, routing, limit) for f in (op.moe_experts, op.moe_experts_reference))
+    check(ours, plain, data, by=None, seed=seed)
+
+    def run(layer, inputs):
+        return [t for part in differentiate(layer, inputs, seed) for t in part]
+
+    exact = run(plain, [t.double() for t in data])
+    errors = [torch.zeros_like(t) for t in exact]
+    for k in range(4):
+        near = [neighbour(t, 9 * k + i) for i, t in enumerate(data)] if k else data
+        pairs = zip(errors, run(plain, near), run(plain, [t.double() for t in near]), strict=True)
+        errors = [torch.maximum(e, (n.double() - x).abs()) for e, n, x in pairs]
+    for mine, error, oracle in list(zip(run(ours, data), errors, exact, strict=True))[:-1]:
+        assert_close(mine, error, oracle, 0)
 
 
 @settings(max_examples=10)
