@@ -6,6 +6,7 @@ sums in float64 over all keys a token may see.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import random_model, small_config
+from oracle import random_model, routing_margin, small_config
 from torch import Tensor
 
-from kexaone import Config, KExaone
+from kexaone import Config, KExaone, impl
 from kexaone.model.cache import Cache
+from kexaone.model.fp8 import quantize
+from kexaone.model.moe import Experts, Routing
 from kexaone.model.packing import Packing
 
 SMALL = small_config(
@@ -139,6 +142,49 @@ def test_all_layers_against_plain_loops(seed, length, chunk):
         assert close(model(ids)[0], expected)
         parts = [model(part, cache=cache)[0] for part in ids.split(chunk, 1)]
         assert close(torch.cat(parts), expected)
+
+
+@pytest.mark.parametrize("kind", ["reference", "triton"])
+@pytest.mark.parametrize("seed", range(3))
+def test_kernels_and_plain_code_agree_in_float32(kind, seed):
+    """The model in float64, which runs plain code, is held to the loops by the test above."""
+    model = random_model(SMALL, seed=seed, std=0.3)
+    exact = copy.deepcopy(model).double()
+    ids = torch.randint(0, SMALL.vocab_size, (1, 20), generator=torch.Generator().manual_seed(seed))
+    # an expert chosen otherwise would be no rounding error
+    assert routing_margin(exact, ids) > 1e-5
+    cache = Cache(SMALL, 1, like=model.lm_head.weight.detach(), chunk=6)
+    with torch.no_grad(), impl(kind):
+        expected, whole = exact(ids)[0], model(ids)[0]
+        parts = torch.cat([model(part, cache=cache)[0] for part in ids.split(6, 1)])
+    # sums of some dozen terms, five layers of about ten products each, condition of the norms
+    bound = 2**-24 * 1000 * expected.abs().max()
+    assert (whole - expected).abs().max() < bound
+    assert (parts - expected).abs().max() < bound
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_kernels_clamp_the_experts(float8):
+    """Float32, or float8 weights: the kernels agree with plain code, and the clamp matters."""
+    torch.manual_seed(0)
+    experts = Experts(SMALL, limit=0.3).requires_grad_(False)
+    for name in ("gate_up_proj", "down_proj"):
+        weight = torch.randn(getattr(experts, name).shape) / 2
+        if float8:
+            found = quantize(weight)
+            setattr(experts, f"{name}_scale", found.scale)
+            weight = found.values
+        setattr(experts, name, torch.nn.Parameter(weight, requires_grad=False))
+    x, scores = torch.randn(12, SMALL.hidden_size), torch.rand(12, SMALL.num_experts)
+    ids = scores.topk(2).indices
+    routing = Routing(scores, ids, scores.gather(1, ids))
+    with torch.no_grad(), impl("reference"):
+        expected = experts(x, routing)
+    with torch.no_grad(), impl("triton"):
+        # float32 sums of 16 and of 8 terms
+        torch.testing.assert_close(experts(x, routing), expected, rtol=2**-18, atol=2**-18)
+        experts.limit = 0.0
+        assert (experts(x, routing) - expected).abs().max() > 0.1
 
 
 def test_the_draft_block_reads_its_own_output():
