@@ -126,6 +126,20 @@ def norm_rope(x, weight_D, cos_RH, sin_RH, positions_T, token, live, eps, HALF: 
 
 
 @triton.jit
+def norm_rope_tile(
+    x_TAD, x_token, x_head, weight_D, cos_RH, sin_RH, positions_T, tile, T, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROPE: tl.constexpr,
+    INDEXED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Token, head and existence of a tile's rows, and their halves, normed and turned."""
+    token, head, live = rows_of(tile, T, HEADS, ROWS)
+    first, second, at, mask = norm_rope(
+        x_TAD + token * x_token + head * x_head, weight_D, cos_RH, sin_RH, positions_T,
+        token, live, eps, HALF, BLOCK, ROPE, INDEXED)  # fmt: skip
+    return token, head, live, first, second, at, mask
+
+
+@triton.jit
 def copy_rows(x, out, live, HALF: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)[None, :]
     first, second = load_halves(x, at, live & (at < HALF), HALF)

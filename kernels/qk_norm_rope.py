@@ -33,8 +33,8 @@ from .head_tiles import (
     block_of,
     check_heads,
     copy_rows,
-    norm_rope,
     norm_rope_gradient,
+    norm_rope_tile,
     rows_of,
     store_halves,
     unit,
@@ -110,17 +110,15 @@ def _forward_kernel(
     q_tiles = tl.cdiv(T.to(tl.int64) * Q_HEADS, ROWS)
     k_tiles = tl.cdiv(T.to(tl.int64) * K_HEADS, ROWS)
     if tile < q_tiles:
-        token, head, live = rows_of(tile, T, Q_HEADS, ROWS)
-        first, second, at, mask = norm_rope(
-            q_TAD + token * q_token + head * q_head, q_weight_D, cos_RH, sin_RH, positions_T,
-            token, live, eps, HALF, BLOCK, ROPE, INDEXED)  # fmt: skip
+        token, head, _, first, second, at, mask = norm_rope_tile(
+            q_TAD, q_token, q_head, q_weight_D, cos_RH, sin_RH, positions_T, tile, T,
+            eps, Q_HEADS, HALF, BLOCK, ROPE, INDEXED, ROWS)  # fmt: skip
         out = q_out_TAD + (token * Q_HEADS + head) * (2 * HALF)
         store_halves(out, at, mask, first, second, HALF)
     elif tile < q_tiles + k_tiles:
-        token, head, live = rows_of(tile - q_tiles, T, K_HEADS, ROWS)
-        first, second, at, mask = norm_rope(
-            k_TAD + token * k_token + head * k_head, k_weight_D, cos_RH, sin_RH, positions_T,
-            token, live, eps, HALF, BLOCK, ROPE, INDEXED)  # fmt: skip
+        token, head, _, first, second, at, mask = norm_rope_tile(
+            k_TAD, k_token, k_head, k_weight_D, cos_RH, sin_RH, positions_T, tile - q_tiles, T,
+            eps, K_HEADS, HALF, BLOCK, ROPE, INDEXED, ROWS)  # fmt: skip
         out = k_out_TAD + (token * K_HEADS + head) * (2 * HALF)
         store_halves(out, at, mask, first, second, HALF)
     else:

@@ -19,7 +19,7 @@ from .head_tiles import (
     block_of,
     check_heads,
     copy_rows,
-    norm_rope,
+    norm_rope_tile,
     rows_of,
     store_halves,
     unit,
@@ -51,17 +51,15 @@ def _kernel(
     q_tiles = tl.cdiv(T.to(tl.int64) * Q_HEADS, ROWS)
     k_tiles = tl.cdiv(T.to(tl.int64) * K_HEADS, ROWS)
     if tile < q_tiles:
-        token, head, live = rows_of(tile, T, Q_HEADS, ROWS)
-        first, second, at, mask = norm_rope(
-            q_TAD + token * q_token + head * q_head, q_weight_D, cos_RH, sin_RH, positions_T,
-            token, live, eps, HALF, BLOCK, ROPE, False)  # fmt: skip
+        token, head, _, first, second, at, mask = norm_rope_tile(
+            q_TAD, q_token, q_head, q_weight_D, cos_RH, sin_RH, positions_T, tile, T,
+            eps, Q_HEADS, HALF, BLOCK, ROPE, False, ROWS)  # fmt: skip
         out = q_out_TAD + (token * Q_HEADS + head) * (2 * HALF)
         store_halves(out, at, mask, first, second, HALF)
     elif tile < q_tiles + k_tiles:
-        token, head, live = rows_of(tile - q_tiles, T, K_HEADS, ROWS)
-        first, second, at, mask = norm_rope(
-            k_TAD + token * k_token + head * k_head, k_weight_D, cos_RH, sin_RH, positions_T,
-            token, live, eps, HALF, BLOCK, ROPE, False)  # fmt: skip
+        token, head, live, first, second, at, mask = norm_rope_tile(
+            k_TAD, k_token, k_head, k_weight_D, cos_RH, sin_RH, positions_T, tile - q_tiles, T,
+            eps, K_HEADS, HALF, BLOCK, ROPE, False, ROWS)  # fmt: skip
         slot = _slot_of(sequences_T, positions_T, token, live, slots, keys_B, keys_C)
         store_halves(keys_BACD + slot + head * keys_A, at, mask, first, second, HALF)
     else:

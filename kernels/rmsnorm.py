@@ -6,13 +6,12 @@
 The cast to the input's dtype comes before the weight (the order of Llama, T5 and K-EXAONE). The
 forward kernel can cast y to float8 in 1 x 128 blocks before it leaves (`rmsnorm_fp8.py`).
 
-Gradients, with n = s / sqrt(...), g = dy * weight: ds = (g - n mean(g n)) / sqrt(...) and
-dweight = sum over rows of dy * n, by partial sums per program and a second reduction.
+The gradient is in `rmsnorm_backward.py`.
 
 Method: Zhang & Sennrich 2019 (arXiv 1910.07467). One program holds whole rows in registers and
 reads and writes each element once; rows over `MAX_BLOCK` are walked in pieces instead.
 
-Shape letters: T rows, N columns, P programs, G groups of 128 columns.
+Shape letters: T rows, N columns, G groups of 128 columns.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from .lang import tl, triton
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK as GROUP
 from .quantize import quantize_rows
+from .rmsnorm_backward import backward
 from .tables import pick
 
 MAX_BLOCK = 16_384
@@ -131,49 +131,6 @@ def _forward_kernel(
             tl.store(out_TN + at, y, mask=mask)
 
 
-@triton.jit
-def _dot_kernel(grad_TN, x_TN, weight_N, rstd_T, dot_T, N, grad_stride, x_stride,
-                BLOCK: tl.constexpr):  # fmt: skip
-    """mean(g n) of one row in pieces."""
-    row = tl.program_id(0).to(tl.int64)
-    rstd = tl.load(rstd_T + row)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, N, BLOCK):
-        at = start + tl.arange(0, BLOCK)
-        grad = tl.load(grad_TN + row * grad_stride + at, mask=at < N, other=0.0).to(tl.float32)
-        x = tl.load(x_TN + row * x_stride + at, mask=at < N, other=0.0).to(tl.float32)
-        weight = tl.load(weight_N + at, mask=at < N, other=0.0).to(tl.float32)
-        total += grad * weight * (x * rstd)
-    tl.store(dot_T + row, tl.sum(total, 0) / N)
-
-
-@triton.jit
-def _backward_kernel(
-    grad_TN, sum_grad_TN, x_TN, weight_N, rstd_T, dot_T, out_TN, partial_PN,
-    T, N, grad_stride, sum_grad_stride, x_stride,
-    SUM_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows program, program + P, ...: the input's gradient, and this program's share of dweight."""
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < N
-    weight = tl.load(weight_N + at, mask=mask, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for row in range(program, T, programs):
-        grad = tl.load(grad_TN + row * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_TN + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
-        rstd = tl.load(rstd_T + row)
-        normed = x * rstd
-        scaled = grad * weight
-        dot = tl.sum(scaled * normed, 0) / N if WHOLE else tl.load(dot_T + row)
-        out = (scaled - normed * dot) * rstd
-        if SUM_GRAD:
-            out += tl.load(sum_grad_TN + row * sum_grad_stride + at, mask=mask, other=0.0)
-        total += grad * normed
-        tl.store(out_TN + row * N + at, out.to(out_TN.dtype.element_ty), mask=mask)
-    tl.store(partial_PN + program * N + at, total, mask=mask)
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float,
     *, quantize: bool = False, power_of_two: bool = False,
@@ -205,42 +162,21 @@ def forward(
     return out.view(x.shape), total.view(x.shape), rstd.view(shape), scales.view(*shape, groups)
 
 
-def _backward(
-    grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the normed tensor and of the weight."""
-    columns, flat, grads = x.shape[-1], rows(x), rows(grad)
-    sums = grads if sum_grad is None else rows(sum_grad)
-    count, rstd = len(flat), rstd.reshape(-1).contiguous()
-    config = pick("rms_norm", configs, columns, x)
-    whole = config.block >= columns
-    programs = max(1, min(config.programs, count))
-    out = empty(count, columns, like=x)
-    partial = empty(programs, columns, like=x, dtype=torch.float32)
-    dot = empty(0 if whole else count, like=x, dtype=torch.float32)
-    weight = weight.contiguous()
-    if not count or not columns:
-        return out.view(x.shape), torch.zeros_like(weight)
-    with on(x):
-        if not whole:
-            _dot_kernel[(count,)](grads, flat, weight, rstd, dot, columns, grads.stride(0),
-                                  flat.stride(0), BLOCK=config.block,
-                                  num_warps=config.num_warps)  # fmt: skip
-        _backward_kernel[(programs, triton.cdiv(columns, config.block))](
-            grads, sums, flat, weight, rstd, dot, out, partial,
-            count, columns, grads.stride(0), sums.stride(0), flat.stride(0),
-            SUM_GRAD=sum_grad is not None, WHOLE=whole, BLOCK=config.block,
-            num_warps=config.num_warps,
-        )  # fmt: skip
-    return out.view(x.shape), partial.sum(0).to(weight.dtype)
-
-
 def _like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _rstd_like(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _backward(
+    grad: Tensor, sum_grad: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the normed tensor and of the weight."""
+    config = pick("rms_norm", configs, x.shape[-1], x)
+    return backward(grad, sum_grad, x, weight, rstd, block=config.block,
+                    programs=config.programs, num_warps=config.num_warps)  # fmt: skip
 
 
 _norm_backward = register(
