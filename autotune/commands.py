@@ -83,9 +83,19 @@ def audit(
             "failures": failures,
             "reports": [report.to_json() for report in reports],
         }
-        json.write_text(json_format.dumps(value, indent=2) + "\n")
+        _write(json, json_format.dumps(value, indent=2) + "\n")
     if failures:
         raise typer.Exit(1)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces a file at once, so that nobody reads half of one; a pipe is written to."""
+    from .store import replace_file
+
+    if path.exists() and not path.is_file():
+        path.write_text(text)
+    else:
+        replace_file(path.resolve(), text)
 
 
 def _cases(names: list[str]) -> list[Case]:

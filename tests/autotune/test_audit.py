@@ -64,6 +64,8 @@ def test_amd_default_and_json(monkeypatch, capsys, tmp_path):
     assert code == 0 and "2 of 2 kernels pass" in out
     found = json.loads(path.read_text())
     assert found["failures"] == 0 and len(found["reports"]) == 2
+    # written beside and moved: nothing is left
+    assert list(tmp_path.iterdir()) == [path]
     first = found["reports"][0]
     assert first["target"] == "gfx942" and first["code"]["memory"]["load"] == {"16": 3}
     assert first["moved_per_useful"] == pytest.approx(1.25, abs=0.01)
