@@ -30,11 +30,12 @@ from .attention_tiles import (
     LOG2E,
     Problem,
     check_packed,
-    find_block,
     fold,
+    key_blocks,
     load_heads,
     load_rows,
     problem_of,
+    query_tile,
     rows_of,
     tokens_of,
     unit_stride,
@@ -86,7 +87,7 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
     shared = problem.itemsize * columns * (rows + 2 * config.num_stages * config.keys)
     # accumulator, scores, addresses and, where the instructions take them from there, queries
     held = rows * (columns + config.keys) + 0.75 * config.keys * columns
-    held += 0 if arch.descriptors else rows * columns / 2
+    held += 0 if arch.shared_operands else rows * columns / 2
     return shared <= arch.shared_bytes and held <= 124 * config.num_warps * arch.warp_size
 
 
@@ -158,39 +159,20 @@ def _forward_kernel(
     D: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):  # fmt: skip
-    # the last blocks have the most keys: they start first
-    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    token, head, live, position, start_k, window, low, high = query_tile(
+        starts_B, starts_k_B, sequences, window, GROUP, TOKENS, ROWS)  # fmt: skip
     kv_head = tl.program_id(1).to(tl.int64)
-    b, place = find_block(starts_B, slot, sequences, TOKENS)
-    start_q, start_k = tl.load(starts_B + b), tl.load(starts_k_B + b).to(tl.int64)
-    length = tl.load(starts_B + b + 1) - start_q
-    length_k = (tl.load(starts_k_B + b + 1) - start_k).to(tl.int32)
-    behind, window = length_k - length, tl.minimum(window, length_k)
-
-    row = tl.arange(0, ROWS)
-    token, head = place + row // GROUP, kv_head * GROUP + row % GROUP
-    position = behind + token
-    live = (row < TOKENS * GROUP) & (token < length)
-    token = start_q.to(tl.int64) + token
     q = load_heads(q_NAD, token, head, q_stride, q_head_stride, live, D, WIDTH)
     k_MGD += kv_head * k_head_stride
     v_MGD += kv_head * v_head_stride
 
-    low, high = behind + place, behind + tl.minimum(place + TOKENS, length)
-    begin = tl.maximum(low - window + 1, 0)
-    blocks = tl.cdiv(tl.maximum(high - begin, 0), KEYS)
+    begin, blocks, first_full, end_full = key_blocks(low, high, window, SPLIT, KEYS)
     top, total = tl.full([ROWS], -float("inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     if SINKS:
-        top = tl.load(sinks_A + head, mask=row < TOKENS * GROUP, other=0.0).to(tl.float32) * LOG2E
+        top = tl.load(sinks_A + head, mask=live, other=0.0).to(tl.float32) * LOG2E
         total += 1.0
-    # blocks first_full .. end_full - 1 are seen whole by every row
-    first_full = blocks * 0
-    end_full = first_full
     if SPLIT:
-        first_full = tl.cdiv(tl.maximum(high - window, 0) - begin, KEYS)
-        # a block past the last token has no row that could see up to low
-        end_full = tl.maximum(first_full, (tl.minimum(low + 1, high) - begin) // KEYS)
         for block in range(first_full, end_full):
             top, total, acc = _step(
                 q, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position, window,

@@ -27,9 +27,11 @@ from .attention_tiles import (
     LOG2E,
     Problem,
     find_block,
+    key_blocks,
     load_heads,
     load_rows,
     problem_of,
+    query_tile,
     rows_of,
     store_rows,
     tokens_of,
@@ -59,7 +61,10 @@ class Config:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    """Candidates, the default first."""
+    """Candidates, the default first.
+
+    Each warp takes 16 keys of dk and dv; where there are fewer, warps repeat each other's products.
+    """
     if arch.is_cpu:
         narrow, wide = (256, 32, 256, 32), (256, 64, 64, 128)
         order = (narrow, wide) if problem.narrow else (wide, narrow)
@@ -73,7 +78,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for warps in ((4,) if arch.warp_size == 64 else (8, 4))
         for stages in (2, 1)
     ]
-    return [c for c in found if feasible(c, problem, arch)]
+    fitting = [c for c in found if feasible(c, problem, arch)]
+    return sorted(fitting, key=lambda c: c.keys_kv < 16 * c.num_warps)
 
 
 def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
@@ -86,10 +92,11 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
         return max(rows, rows_kv) * columns <= 2048 and keys == keys_kv == 16
     shared = max(rows + config.num_stages * keys, keys_kv + config.num_stages * rows_kv)
     # accumulators, scores, addresses and, where the instructions take them from there, the tile
-    fixed = 0 if arch.descriptors else 1
+    fixed = 0 if arch.shared_operands else 1
     held = rows * (columns + 2 * keys + fixed * columns / 2) + 0.75 * keys * columns
     held_kv = keys_kv * (2 * columns + 2 * rows_kv + fixed * columns) + 0.75 * rows_kv * columns
-    fits = held <= 152 * threads and held_kv <= 124 * threads
+    most_kv = 172 if arch.shared_operands else 124
+    fits = held <= 152 * threads and held_kv <= most_kv * threads and keys * columns <= 8192
     return fits and 2 * problem.itemsize * columns * shared <= arch.shared_bytes
 
 
@@ -119,19 +126,9 @@ def _dq_kernel(
     SPLIT: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    token, head, live, position, start_k, window, low, high = query_tile(
+        starts_B, starts_k_B, sequences, window, GROUP, TOKENS, ROWS)  # fmt: skip
     kv_head = tl.program_id(1).to(tl.int64)
-    b, place = find_block(starts_B, slot, sequences, TOKENS)
-    start_q, start_k = tl.load(starts_B + b), tl.load(starts_k_B + b).to(tl.int64)
-    length = tl.load(starts_B + b + 1) - start_q
-    length_k = (tl.load(starts_k_B + b + 1) - start_k).to(tl.int32)
-    behind, window = length_k - length, tl.minimum(window, length_k)
-
-    row = tl.arange(0, ROWS)
-    token, head = place + row // GROUP, kv_head * GROUP + row % GROUP
-    position = behind + token
-    live = (row < TOKENS * GROUP) & (token < length)
-    token = start_q.to(tl.int64) + token
     at = token * HEADS + head
     q = load_heads(q_NAD, token, head, q_stride, q_head_stride, live, D, WIDTH)
     grad = load_heads(grad_NAD, token, head, grad_stride, grad_head_stride, live, D, WIDTH)
@@ -143,15 +140,9 @@ def _dq_kernel(
     k_MGD += kv_head * k_head_stride
     v_MGD += kv_head * v_head_stride
 
-    low, high = behind + place, behind + tl.minimum(place + TOKENS, length)
-    begin = tl.maximum(low - window + 1, 0)
-    blocks = tl.cdiv(tl.maximum(high - begin, 0), KEYS)
+    begin, blocks, first_full, end_full = key_blocks(low, high, window, SPLIT, KEYS)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    first_full = blocks * 0
-    end_full = first_full
     if SPLIT:
-        first_full = tl.cdiv(tl.maximum(high - window, 0) - begin, KEYS)
-        end_full = tl.maximum(first_full, (tl.minimum(low + 1, high) - begin) // KEYS)
         for block in range(first_full, end_full):
             acc = _dq_step(
                 q, grad, lse, delta, k_MGD, v_MGD, start_k, begin + block * KEYS, high, position,

@@ -83,7 +83,7 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
         return rows * columns <= 2048 and config.keys == 16
     shared = problem.itemsize * columns * (rows + 2 * config.num_stages * config.keys)
     held = rows * (columns + config.keys) + config.keys * columns
-    held += 0 if arch.descriptors else rows * columns / 2
+    held += 0 if arch.shared_operands else rows * columns / 2
     return shared <= arch.shared_bytes and held <= 124 * config.num_warps * arch.warp_size
 
 

@@ -63,6 +63,47 @@ def load_heads(x, token, head, token_stride, head_stride, live, D: tl.constexpr,
 
 
 @triton.jit
+def query_tile(starts_B, starts_k_B, sequences, window, GROUP: tl.constexpr, TOKENS: tl.constexpr,
+               ROWS: tl.constexpr):  # fmt: skip
+    """This program's rows: token, head, existence and position of each, [ROWS].
+
+    Then where the sequence's keys start, the window cut to them, and the positions of the tile:
+    the first and one past the last.
+    """
+    # the last blocks have the most keys: they start first
+    slot = tl.num_programs(0) - 1 - tl.program_id(0)
+    b, place = find_block(starts_B, slot, sequences, TOKENS)
+    start_q, start_k = tl.load(starts_B + b), tl.load(starts_k_B + b).to(tl.int64)
+    length = tl.load(starts_B + b + 1) - start_q
+    length_k = (tl.load(starts_k_B + b + 1) - start_k).to(tl.int32)
+    behind = length_k - length
+    row = tl.arange(0, ROWS)
+    token = place + row // GROUP
+    head = tl.program_id(1).to(tl.int64) * GROUP + row % GROUP
+    live = (row < TOKENS * GROUP) & (token < length)
+    low, high = behind + place, behind + tl.minimum(place + TOKENS, length)
+    return (start_q.to(tl.int64) + token, head, live, behind + token, start_k,
+            tl.minimum(window, length_k), low, high)  # fmt: skip
+
+
+@triton.jit
+def key_blocks(low, high, window, SPLIT: tl.constexpr, KEYS: tl.constexpr):
+    """Blocks of keys that rows at positions low .. high - 1 see: the first key, and how many.
+
+    Blocks first_full .. end_full - 1 are seen whole by every row (none, if not `SPLIT`).
+    """
+    begin = tl.maximum(low - window + 1, 0)
+    blocks = tl.cdiv(tl.maximum(high - begin, 0), KEYS)
+    first_full = blocks * 0
+    end_full = first_full
+    if SPLIT:
+        first_full = tl.cdiv(tl.maximum(high - window, 0) - begin, KEYS)
+        # a block past the last token has no row that could see up to low
+        end_full = tl.maximum(first_full, (tl.minimum(low + 1, high) - begin) // KEYS)
+    return begin, blocks, first_full, end_full
+
+
+@triton.jit
 def visible(position, key, window):
     """Query rows by keys: the keys at most at a query's position, and fewer than `window` back."""
     return (key <= position) & (key > position - window)
