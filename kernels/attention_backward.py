@@ -90,12 +90,14 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
     if problem.itemsize == 4:
         # multiplied without tensor cores, by threads that hold whole rows
         return max(rows, rows_kv) * columns <= 2048 and keys == keys_kv == 16
-    shared = max(rows + config.num_stages * keys, keys_kv + config.num_stages * rows_kv)
+    # without a pipeline, queries are kept transposed beside what was loaded
+    held_rows = config.num_stages + 0.5 * (config.num_stages == 1)
+    shared = max(rows + config.num_stages * keys, keys_kv + held_rows * rows_kv)
     # accumulators, scores, addresses and, where the instructions take them from there, the tile
     fixed = 0 if arch.shared_operands else 1
     held = rows * (columns + 2 * keys + fixed * columns / 2) + 0.75 * keys * columns
     held_kv = keys_kv * (2 * columns + 2 * rows_kv + fixed * columns) + 0.75 * rows_kv * columns
-    most_kv = 172 if arch.shared_operands else 124
+    most_kv = 172 if arch.shared_operands and columns <= 128 else 124
     fits = held <= 152 * threads and held_kv <= most_kv * threads and keys * columns <= 8192
     return fits and 2 * problem.itemsize * columns * shared <= arch.shared_bytes
 
