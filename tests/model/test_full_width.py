@@ -8,6 +8,7 @@ plus one unit in the last place, over everything and for every token.
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -171,7 +172,12 @@ def meets(ours: Tensor, theirs: Tensor, exact: Tensor, name: str) -> None:
     assert (error <= 2 * naive + ulp).all(), f"{name}: row {(error - 2 * naive - ulp).argmax()}"
 
 
+def memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(memory() < 13 << 30, reason="takes 11.1 GiB")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_layer_of_the_236b_model(kind: str) -> None:
     index, window = LAYERS[kind], CONFIG.windows[LAYERS[kind]]
