@@ -109,11 +109,13 @@ def subjects(case: Case, arch: Arch) -> list[Subject]:
     """The launches of a case on `arch`; none where its types do not exist."""
     if case.fp8 and not arch.fp8:
         return []
+    narrow = {name.split(":")[-1]: why for name, why in case.narrow.items()
+              if ":" not in name or name.startswith(f"{arch.name}:")}  # fmt: skip
     builder = Builder()
     found: dict[str, Subject] = {}
     for launch in capture(lambda: case.call(builder), arch):
         key = repr(specialise(launch, arch))
-        subject = Subject(case.op, case.problem, launch, arch, builder.contents, case.narrow)
+        subject = Subject(case.op, case.problem, launch, arch, builder.contents, narrow)
         found[key] = replace(subject, launches=found[key].launches + 1) if key in found else subject
     return list(found.values())
 
