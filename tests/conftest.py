@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from kexaone.cpu.activation import checking
+from kexaone.kernels import dispatch, launch
+
 
 @pytest.fixture(autouse=True, scope="session")
 def no_tables(tmp_path_factory):
@@ -13,10 +16,21 @@ def no_tables(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def subnormal_numbers():
-    """An object that Inductor builds switches them off for the process that loads it.
+def nothing_left_behind():
+    """A test that leaves an override or a flag on would change the bits of all that follow."""
+    before = _flags()
+    yield
+    assert _flags() == before
 
-    GCC before 13 links what is compiled with -ffast-math so; a test before this one may have loaded
-    one, and results that are compared bit for bit with those of another process would differ.
-    """
-    torch.set_flush_denormal(False)
+
+def _flags():
+    return (
+        dispatch._scope.override,
+        checking(),
+        launch._allocate,
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        # subnormal numbers become zero where something switched them off
+        bool(torch.tensor([1e-39]) * 1.0),
+    )

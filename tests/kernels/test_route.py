@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
@@ -239,13 +241,13 @@ def test_reference_is_used_when_asked_and_for_float64():
     assert found.shares_BE.dtype == torch.float64
 
 
-def test_few_tokens_on_a_cpu_launch_no_kernel(monkeypatch):
+def test_few_tokens_on_a_cpu_launch_no_kernel():
     x = torch.ones(2, 1024)
     assert dispatch.choose(x, work=2 * 1024 * 32) == "triton"
-    monkeypatch.setattr(dispatch._scope, "override", None)
-    assert dispatch.choose(x, work=2 * 1024 * 32) == "reference"
-    assert dispatch.choose(x, work=64 * 1024 * 32) == dispatch.choose(x) == "triton"
-    reason = dispatch.explain(x, work=2 * 1024 * 32).reason
+    with patch.object(dispatch._scope, "override", None):
+        assert dispatch.choose(x, work=2 * 1024 * 32) == "reference"
+        assert dispatch.choose(x, work=64 * 1024 * 32) == dispatch.choose(x) == "triton"
+        reason = dispatch.explain(x, work=2 * 1024 * 32).reason
     assert reason == "65536 multiplications on a CPU are less than launching kernels costs"
 
 
