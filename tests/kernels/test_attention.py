@@ -75,9 +75,10 @@ class Plain(torch.autograd.Function):
         p = torch.where(seen, (qh @ kh.mT * scale - lse).exp(), 0)
         delta = ((gh * out.transpose(0, 1)).sum(-1) - lse_grad.T.to(q.dtype))[..., None]
         ds = p * (gh @ vh.mT - delta)
-        per_head = (ds @ kh * scale, ds.mT @ qh * scale, p.mT @ gh)
-        dq, dk, dv = (x.transpose(0, 1) for x in per_head)
-        dk, dv = (x.unflatten(1, (-1, group)).sum(2) for x in (dk, dv))
+        # one sum over all queries of a key head, as long as the kernel's
+        d_keys = [x.unflatten(0, (-1, group)).flatten(1, 2) for x in (ds, qh, p, gh)]
+        grads = (ds @ kh * scale, d_keys[0].mT @ d_keys[1] * scale, d_keys[2].mT @ d_keys[3])
+        dq, dk, dv = (x.transpose(0, 1) for x in grads)
         d_sinks = None
         if sinks is not None:
             d_sinks = -((sinks[:, None, None] - lse).exp() * delta).sum((1, 2))
