@@ -120,7 +120,9 @@ def decide(
         away = distance(asked, entry.problem)
         names = plain(candidates[0])
         config = by_values.get(tuple((name, entry.config.get(name)) for name in names))
-        if away > REACH or config is None or not current(entry):
+        # what only a model has chosen speaks for its own problem
+        reach = 0.0 if entry.provenance == "static" else REACH
+        if away > reach or config is None or not current(entry):
             continue
         rank = (away, not within(triton_release(), entry.triton),
                 PROVENANCES.index(entry.provenance), entry.machine != machine,
