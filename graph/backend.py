@@ -6,7 +6,7 @@ or run as it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ BACKENDS = ("inductor", "eager")
 
 
 def backend(
-    module: GraphModule, inputs: Sequence[Any], *, then: str = "inductor",
+    module: GraphModule, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
     reports: list[Report] | None = None,
 ) -> Callable[..., Any]:  # fmt: skip
     """A torch.compile backend, registered as "kexaone".
@@ -29,14 +29,14 @@ def backend(
     Args:
         module: Dynamo's graph.
         inputs: example inputs.
-        then: what compiles the rewritten graph, "inductor" or "eager".
+        options: torch.compile's; `then` says what compiles the rewritten graph, "inductor" (the
+            default) or "eager".
         reports: what was found is appended here.
 
     Raises:
-        ValueError: `then` is neither.
+        ValueError: another option, or another value of `then`.
     """
-    if then not in BACKENDS:
-        raise ValueError(f"backend takes one of {', '.join(BACKENDS)}, got {then!r}")
+    then = _chosen(options or {})
     module, report = rewritten(module)
     if reports is not None:
         reports.append(report)
@@ -44,6 +44,15 @@ def backend(
         return module.forward
     with shim.cache_key(identity()):
         return shim.inductor(module, inputs)
+
+
+def _chosen(options: Mapping[str, Any]) -> str:
+    unknown, then = set(options) - {"then"}, options.get("then", BACKENDS[0])
+    if unknown:
+        raise ValueError(f"the backend's only option is `then`, got {', '.join(sorted(unknown))}")
+    if then not in BACKENDS:
+        raise ValueError(f"then takes one of {', '.join(BACKENDS)}, got {then!r}")
+    return then
 
 
 def rewritten(module: GraphModule) -> tuple[GraphModule, Report]:
@@ -76,7 +85,7 @@ def optimize(model: Any, *, then: str = "inductor", dynamic: bool | None = None)
     Raises:
         ValueError: `then` is neither.
     """
-    if then not in BACKENDS:
-        raise ValueError(f"optimize takes one of {', '.join(BACKENDS)}, got {then!r}")
+    options: dict[str, Any] = {"then": then}
+    _chosen(options)
     replace_loops(model)
-    return torch.compile(model, backend=backend, dynamic=dynamic, options={"then": then})
+    return torch.compile(model, backend=backend, dynamic=dynamic, options=options)

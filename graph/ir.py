@@ -126,7 +126,7 @@ class Rewrite:
         matched = [*matched, *outputs]
         place = self._place(outputs, inputs, matched)
         self._check_memory([*inputs, *matched], matched)
-        traced = shim.trace(function, [self._leaf(value(n)) for n in inputs])
+        traced = shim.trace(_laid_out(function, outputs), [self._leaf(value(n)) for n in inputs])
         results = _results(traced)
         for result, node in zip(results, outputs, strict=True):
             _check_result(result, node)
@@ -162,10 +162,17 @@ class Rewrite:
         if any(storage in touched and first < writer for storage, writer in self.writes):
             raise Refused("memory it reads or makes is written to in place")
 
+    def sweep(self) -> None:
+        """Drop what nothing uses; of what a pattern took, also ops that may draw random numbers.
+
+        PyTorch takes attention for one of them, whatever its dropout.
+        """
+        self.graph.eliminate_dead_code(lambda n: n.is_impure() and n.name not in self.claimed)
+
     def finish(self) -> None:
         """Merge equal nodes, drop what nothing uses, and check the graph."""
         merge_equal(self.graph)
-        self.graph.eliminate_dead_code()
+        self.sweep()
         self.graph.lint()
         self.module.recompile()
 
@@ -175,14 +182,29 @@ def _results(traced: GraphModule) -> list[Node]:
     return list(found) if isinstance(found, list | tuple) else [found]
 
 
+def _escapes(node: Node) -> bool:
+    return any(user.op == "output" for user in node.users)
+
+
+def _laid_out(function: Callable[..., Any], outputs: Sequence[Node]) -> Callable[..., Any]:
+    """The function, with results of the graph in one piece where those before were."""
+    wanted = [_escapes(node) and value(node).is_contiguous() for node in outputs]
+
+    def laid_out(*inputs: Any) -> Any:
+        results = function(*inputs)
+        listed = results if isinstance(results, tuple) else (results,)
+        return tuple(r.contiguous() if w else r for r, w in zip(listed, wanted, strict=True))
+
+    return laid_out
+
+
 def _check_result(new: Node, old: Node) -> None:
     mine, theirs = value(new), value(old)
     if mine.dtype != theirs.dtype or mine.device != theirs.device:
         raise Refused(f"it computes {theirs.dtype} on {theirs.device}, ours {mine.dtype}")
     if not same_shape(mine.shape, theirs.shape):
         raise Refused(f"shapes differ: {tuple(theirs.shape)}, ours {tuple(mine.shape)}")
-    escapes = any(user.op == "output" for user in old.users)
-    if escapes and not same_strides(mine, theirs):
+    if _escapes(old) and not same_strides(mine, theirs):
         raise Refused("strides of a result of the graph would change")
 
 
@@ -218,8 +240,7 @@ def merge_equal(graph: Graph) -> None:
             continue
         random = torch.Tag.nondeterministic_seeded in node.target.tags
         touched = {shim.storage_of(value(n)) for n in (node, *node.all_input_nodes)} - {None}
-        escapes = any(user.op == "output" for user in node.users)
-        if random or escapes or node.target._schema.is_mutable or touched & written_to:
+        if random or _escapes(node) or node.target._schema.is_mutable or touched & written_to:
             continue
         key = (node.target, repr(node.args), repr(sorted(node.kwargs.items())))
         if key in seen:

@@ -45,11 +45,15 @@ class Affine:
 
 @dataclass(frozen=True)
 class Where:
-    """True where every condition is >= 0. `additive`: zero there, and minus infinity elsewhere."""
+    """True where every condition is >= 0. `additive`: zero there, and minus infinity elsewhere.
+
+    `denied`: false where every condition is >= 0, and true elsewhere.
+    """
 
     conditions: tuple[Affine, ...]
     rank: int
     additive: bool = False
+    denied: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +70,7 @@ def read(mask: Node) -> Seen:
     Raises:
         Refused: the mask is no causal or windowed one, or depends on data.
     """
-    found = _evaluate(mask, {})
-    if not isinstance(found, Where):
-        raise Refused("the mask is not a condition on positions")
+    found = _condition(_evaluate(mask, {}))
     *_, queries, keys = value(mask).shape
     single = bool(shim.known(queries == 1))
     offset, below = None, None
@@ -145,6 +147,8 @@ def _affine(found: Found) -> Affine:
 def _condition(found: Found) -> Where:
     if not isinstance(found, Where):
         raise Refused("the mask is not a condition on positions")
+    if found.denied:
+        raise Refused("the mask denies several conditions")
     return found
 
 
@@ -192,9 +196,11 @@ def _and(node: Node, given: dict[str, Any], of: Any) -> Where:
 
 
 def _not(node: Node, given: dict[str, Any], of: Any) -> Where:
-    found = _condition(of(given["self"]))
-    if len(found.conditions) != 1 or found.additive:
-        raise Refused("the mask denies several conditions")
+    found = of(given["self"])
+    if not isinstance(found, Where) or found.additive:
+        raise Refused("the mask is not a condition on positions")
+    if len(found.conditions) != 1 or found.denied:
+        return replace(found, denied=not found.denied)
     (c,) = found.conditions
     return replace(found, conditions=(Affine(tuple(-s for s in c.slopes), -c.constant - 1),))
 
@@ -228,6 +234,8 @@ def _same(node: Node, given: dict[str, Any], of: Any) -> Found:
 
 def _cast(node: Node, given: dict[str, Any], of: Any) -> Found:
     found = of(given["self"])
+    if isinstance(found, Where) and found.additive and value(node).dtype.is_floating_point:
+        return found
     if (value(node).dtype == torch.bool) != isinstance(found, Where):
         raise Refused("the mask turns numbers into conditions")
     if value(node).dtype.is_floating_point:
@@ -310,8 +318,8 @@ def _choose(node: Node, given: dict[str, Any], of: Any) -> Where:
 def _fill(node: Node, given: dict[str, Any], of: Any) -> Where:
     if _scalar(given["self"]) != 0 or _scalar(given["value"]) not in LOWEST:
         raise Refused("the mask adds other numbers than zero and the lowest")
-    hidden = _not(node, {"self": given["mask"]}, of)
-    return replace(hidden, additive=True)
+    seen = _condition(_not(node, {"self": given["mask"]}, of))
+    return replace(seen, additive=True)
 
 
 RULES: dict[str, Rule] = {

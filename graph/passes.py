@@ -85,7 +85,7 @@ def rewrite(module: GraphModule, *, training: bool, passes: list[Pass] | None = 
                 report.places.append(Place(step.name, place, str(refusal)))
             else:
                 report.places.append(Place(step.name, place))
-                module.graph.eliminate_dead_code()
+                graph.sweep()
     graph.finish()
     report.claimed = graph.claimed
     return report

@@ -19,7 +19,7 @@ CLOSE = 1e-4
 
 
 def compiled(function, reports: list[Report], **options):
-    run = functools.partial(backend, then="eager", reports=reports)
+    run = functools.partial(backend, options={"then": "eager"}, reports=reports)
     return torch.compile(function, backend=run, fullgraph=True, **options)
 
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_captured_runs_as_it_is():
     def function(x):
         return x[x > 0].sum()
 
-    run = functools.partial(backend, then="eager", reports=reports)
+    run = functools.partial(backend, options={"then": "eager"}, reports=reports)
     x = torch.arange(-3.0, 4.0)
     with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
         assert torch.compile(function, backend=run)(x) == 6
@@ -139,7 +139,7 @@ def test_what_cannot_be_captured_runs_as_it_is():
 
 
 def test_bad_names_are_refused():
-    with pytest.raises(ValueError, match="takes one of inductor, eager, got 'fast'"):
+    with pytest.raises(ValueError, match="then takes one of inductor, eager, got 'fast'"):
         kexaone.optimize(torch.nn.Linear(2, 2), then="fast")
 
 

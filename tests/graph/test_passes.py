@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ..kernels.contract import dtypes, generator, laid_out, layouts, normal, seeds
@@ -70,11 +70,13 @@ def test_normed_heads_are_found_and_equal(batch, length, rope, early, heads, dty
 
 
 @given(batch=st.integers(1, 3), length=st.sampled_from([1, 6, 40]), more=st.sampled_from([0, 5]),
-       window=st.sampled_from([0, 1, 4]), heads=st.just((4, 2)), dtype=few_dtypes,
+       window=st.sampled_from([0, 2, 4]), heads=st.just((4, 2)), dtype=few_dtypes,
        style=st.sampled_from(["compare", "triangle", "additive", "flag"]), seed=seeds)  # fmt: skip
 def test_masks_disappear(batch, length, more, window, heads, dtype, style, seed):
     if style == "flag":
         window = more = 0
+    # where a query sees one key alone, gradients are zero but for rounding
+    assume(length + more > 1)
     shapes = [(batch, heads[0], length, 16), *[(batch, heads[1], length + more, 16)] * 2]
     inputs = [normal(*s, seed=seed + i, dtype=dtype) for i, s in enumerate(shapes)]
     function = functools.partial(p.masked_attention, window=window, style=style)
@@ -84,7 +86,9 @@ def test_masks_disappear(batch, length, more, window, heads, dtype, style, seed)
     sizes = [n.meta["val"].shape for n in after.graph.nodes if "val" in n.meta
              and isinstance(n.meta["val"], torch.Tensor)]  # fmt: skip
     square = (length, length + more)
-    assert not [s for s in sizes if tuple(s[-2:]) == square and s[-1] not in (1, 16)]
+    # a single query's row of a mask has the shape of other rows
+    assert length == 1 or not [s for s in sizes if tuple(s[-2:]) == square and s[-1] != 16]
+    assert not [n for n in after.graph.nodes if "scaled_dot_product" in str(n.target)]
 
 
 @given(tokens=st.sampled_from([1, 7, 40]), experts=st.sampled_from([4, 9]), seed=seeds)

@@ -81,7 +81,7 @@ PLANTED = {
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_mistake_is_noticed(name, monkeypatch):
     function, inputs, home, target, wrong = PLANTED[name]
-    validate(function, inputs)
+    assert validate(function, inputs).matches
     original = getattr(home, target)
     monkeypatch.setattr(home, target, wrong(original), raising=False)
     with pytest.raises(AssertionError):

@@ -131,7 +131,7 @@ def check(
     """Forward and gradients of an op under the contract.
 
     The error of the naive computation is the largest over a few inputs one rounding apart: a single
-    one may be exact by luck.
+    one may be exact by luck, and the fewer its elements, the more likely it is.
     """
 
     def run(f: Callable[..., Any], x: Sequence[Tensor]) -> list[Tensor]:
@@ -145,7 +145,7 @@ def check(
 
     ours, oracle = run(function, inputs), run(reference, wide(inputs))
     errors = [torch.zeros_like(t) for t in oracle]
-    for k in range(4):
+    for k in range(4 if sum(t.numel() for t in oracle) > 4096 else 16):
         near = [neighbour(x, 9 * k + i) for i, x in enumerate(inputs)] if k else list(inputs)
         naive, exact = run(reference, near), run(reference, wide(near))
         errors = [torch.maximum(e, (n.double() - x).abs())
