@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from .cxx import ELEMENTWISE
 from .expressions import Buffer
 from .ir import Op, Type, Value
+from .operands import emit_operand
 from .schedule import Scheduler
 from .sinks import Sink
 
@@ -17,9 +19,8 @@ if TYPE_CHECKING:
 _PACKED = {"bf16": "bf16", "f8E4M3FN": "bf16", "f8E5M2": "bf16", "f16": "f32", "f32": "f32",
            "f64": "f64", "i8": "i32", "i16": "i32", "i32": "i32"}  # fmt: skip
 _WIDER = ("bf16", "f32", "f64")
-# up to this many rows of A a product is bound by reading B, which is then prefetched
+# up to this many rows of A a product whose B lies along K adds in lanes, as `few_rows` in kx_dot.h
 _FEW_ROWS = 16
-_STEPS_AHEAD = 4
 
 
 def packed_format(op: Op) -> str:
@@ -47,67 +48,31 @@ def emit_dot(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
     a, b, c = op.operands[:3]
     form = packed_format(op)
     out = _accumulator_buffer(function, op, c, here)
-    tile_a = here.materialize(a, form)
-    transposed, source = transposed_source(function, b)
     *batch, m, k = a.type.dims
-    few = m <= _FEW_ROWS
-    along_k = not transposed and runs_along_k(function, b, held=few)
-    if few and (transposed or along_k):
-        function.scope.ahead = _STEPS_AHEAD * k
-    tile_b = here.materialize(source, form, transposed=along_k)
-    function.scope.ahead = 0
     n = b.type.dims[-1]
-    count = 1
-    for size in batch:
-        count *= size
-    flag = "true" if transposed or along_k else "false"
-    panels = function.allocate(form if form != "bf16" else "i32", (k * n,))
+    left = emit_operand(function, op, a, form, here)
+    right = emit_operand(function, op, b, form, here, held=m <= _FEW_ROWS)
+    size = Type(form).stored_bytes
+    scratch = function.allocate("i8", (size * (k * n + m * k) + 64 * k,))
+    count = math.prod(batch)
     index = ""
     if count > 1:
         index = function.scope.fresh("x")
         function.out.append(f"for (int {index} = 0; {index} < {count}; {index}++)")
-    offsets = [f" + {index} * {size}" if index else "" for size in (m * k, k * n, m * n)]
+        left, right = (
+            replace(x, code=x.code.replace("}", f" + {index} * {step}}}"))
+            for x, step in ((left, m * k), (right, k * n))
+        )
+    result = f"{out.name} + {index} * {m * n}" if index else out.name
+    flags = ",".join("true" if x.flipped else "false" for x in (left, right))
     function.out.append(
-        f"kx::dot_{form}<{m},{n},{k},{flag}>({tile_a.name}{offsets[0]}, {tile_b.name}{offsets[1]}, "
-        f"{out.name}{offsets[2]}, {panels.name});"
+        f"kx::dot_{form}<{m},{n},{k},{flags}>({left.code}, {right.code}, {result}, {scratch.name});"
     )
     if accumulator(op) != op.result.type.elem:
         here.done.add(op)
         _round_result(function, op, out, here)
     else:
         function.scope.buffers[op.result] = out
-
-
-def transposed_source(function: FunctionEmitter, b: Value) -> tuple[bool, Value]:
-    """Look through a transposition of the last two dimensions."""
-    op = function.analysis.definition.get(b)
-    if op is not None and op.name == "tt.trans" and b not in function.scope.buffers:
-        order = tuple(op.attrs["order"])
-        rank = len(order)
-        if order == (*range(rank - 2), rank - 1, rank - 2):
-            return True, op.operands[0]
-    return False, b
-
-
-def runs_along_k(function: FunctionEmitter, b: Value, held: bool) -> bool:
-    """Whether B [K, N] is read from memory in which K is the contiguous dimension.
-
-    `held`: also where a buffer holds it by rows. A product of few rows adds in an order that
-    follows from the answer, which must not depend on what else is in the kernel, such as checks.
-    """
-    analysis = function.analysis
-    while analysis.is_inline(b) and (held or b not in function.scope.buffers):
-        if b in analysis.splits or len(b.type.dims) != 2:
-            return False
-        op = analysis.definition[b]
-        if op.name == "tt.load":
-            return analysis.unit_dim(op.operands[0]) == 0
-        if op.name == "tt.trans":
-            return held
-        if op.name not in ELEMENTWISE or len(op.operands) != 1:
-            return False
-        b = op.operands[0]
-    return False
 
 
 def _accumulator_buffer(function: FunctionEmitter, op: Op, c: Value, here: Scheduler) -> Buffer:
@@ -174,8 +139,10 @@ def emit_dot_scaled(function: FunctionEmitter, op: Op, here: Scheduler) -> None:
     left = _scaled_tile(function, op, (a, a_scale, str(op.attrs.get("lhs"))), (m, k, True), here)
     right = _scaled_tile(function, op, (b, b_scale, str(op.attrs.get("rhs"))), (n, k, False), here)
     panels = function.allocate("f32", (k * n,))
-    names = ", ".join(t.name for t in (left, right, out, panels))
-    function.out.append(f"kx::dot_f32<{m},{n},{k},false>({names});")
+    function.out.append(
+        f"kx::dot_f32<{m},{n},{k},false,false>(kx::Tile<float,{k}>{{{left.name}}}, "
+        f"kx::Tile<float,{n}>{{{right.name}}}, {out.name}, {panels.name});"
+    )
     if op.result.type.elem != "f32":
         here.done.add(op)
         _round_result(function, op, out, here)

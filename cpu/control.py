@@ -26,7 +26,7 @@ class FunctionEmitter:
     def __init__(self, function: Function, vector_bytes: int, checked: bool = False) -> None:
         self.function = function
         self.analysis = Analysis(function)
-        self.scope = Scope(self.analysis, {}, {}, {}, checked)
+        self.scope = Scope(self.analysis, {}, {}, {}, {}, checked)
         self.vector_bytes = vector_bytes
         self.arena = 0
         self.prologue: list[str] = []
@@ -86,7 +86,8 @@ class FunctionEmitter:
     def block(self, block: Block) -> Scheduler:
         """Emit the ops of a block; the scheduler is left flushed."""
         outer = self.scheduler
-        here = Scheduler(self.scope, block, self.out, self.emitter, self.allocate, self.effect)
+        here = Scheduler(self.scope, block, self.out, self.emitter, self.allocate, self.effect,
+                         self.regions.home)  # fmt: skip
         self.scheduler = here
         for op in block.ops:
             self.op(op, here)

@@ -81,7 +81,7 @@ def narrow(code: str, source: str, elem: str, rounding: str = "rtne") -> str:
 def convert_float(code: str, source: str, elem: str, rounding: str = "rtne") -> str:
     """A float of one format in another."""
     if source.startswith("f8") and elem == "bf16":
-        return f"kx::top_half({widen(code, source)})"
+        return f"kx::{_SHORT[source]}_to_bf16({code})"
     return narrow(widen(code, source), "f64" if source == "f64" else "f32", elem, rounding)
 
 

@@ -87,9 +87,7 @@ class Memory:
         if form.stride == size and not form.offsets:
             if not rest:
                 code = f"kx::load<{storage},{n}>({start})"
-                self._ahead(level, start)
             else:
-                self._ahead(level, start)
                 known, low, high, vectors = addresses.limits(rest[0], index)
                 level = max([level, known, *(v.level for v in vectors)])
                 if vectors:
@@ -114,12 +112,6 @@ class Memory:
         if kind.elem == "i1":
             code = f"kx::to_mask<{vector}>({code} != 0)"
         return nest.name(kind, True, level, code)
-
-    def _ahead(self, level: int, start: str) -> None:
-        """Ask for what a streamed operand reads in a later step of the loop around."""
-        if self.nest.scope.ahead:
-            level = max(level, self.nest.lane_level)
-            self.nest.emit(level, f"__builtin_prefetch({start} + {self.nest.scope.ahead}, 0, 2);")
 
     def store(self, op: Op, index: Index, value: Expr) -> str:
         """The statement of a `tt.store` at an index."""

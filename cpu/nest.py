@@ -30,8 +30,8 @@ class Scope:
     scalars: dict[Value, str]
     buffers: dict[Value, Buffer]
     offsets: dict[Value, str]  # split loop-carried tensor -> the scalar to add
+    steps: dict[Value, str]  # the same -> bytes from one step of its loop to the next, if known
     checked: bool = False
-    ahead: int = 0  # elements by which loads are prefetched, 0 where they are not
     counter: int = 0
 
     def fresh(self, prefix: str) -> str:

@@ -105,6 +105,18 @@ class RegionEmitter:
             return literal(op.attrs["value"], op.result.type.elem)
         return self.emitter.scalar(op.operands[0])
 
+    def is_known(self, value: Value) -> bool:
+        """Whether a uniform value has its scalar already."""
+        op = self.emitter.analysis.definition[value]
+        while op.name in VIEWS and op.operands[0].type.is_tensor:
+            op = self.emitter.analysis.definition[op.operands[0]]
+        return op.name == "arith.constant" or op.operands[0] in self.emitter.scope.scalars
+
+    def total(self, argument: Value, steps: list[tuple[Value, int]]) -> str:
+        """The sum of the steps of a carried tensor; of addresses in bytes."""
+        scale = element_bytes(argument.type) if argument.type.is_pointer else 1
+        return " + ".join(f"(i64)({self.uniform_code(v)}) * {sign * scale}" for v, sign in steps)
+
     def _may_split(self, argument: Value, first: Value) -> bool:
         """Whether a carried tensor could be its first value plus a scalar."""
         kind = argument.type
@@ -138,15 +150,15 @@ class RegionEmitter:
                 self.emitter.analysis.splits[argument] = first
         here.flush_all()
         self.loop_header(op, counter, [self.emitter.scalar(v) for v in (low, high, step)])
+        for argument, steps in split.items():
+            if all(self.is_known(v) for v, _ in steps):
+                self.emitter.scope.steps[argument] = self.total(argument, steps)
         self.emitter.loops.append(op)
         self.emitter.block(body)
         self.emitter.loops.pop()
         for argument, steps in split.items():
-            scale = element_bytes(argument.type) if argument.type.is_pointer else 1
-            code = " + ".join(
-                f"(i64)({self.uniform_code(v)}) * {sign * scale}" for v, sign in steps
-            )
-            if code:
+            if steps:
+                code = self.total(argument, steps)
                 self.emitter.out.append(f"{self.emitter.scope.offsets[argument]} += {code};")
         self.emitter.out.append("}")
         self.finish_carries(op.results, carried)
@@ -269,6 +281,29 @@ class RegionEmitter:
             size = f"sizeof(*{buffer.name}) * {_count(buffer.shape)}"
             self.emitter.out.append(f"memcpy({buffer.name}, {source.name}, {size});")
         self.emitter.out += copies
+
+    def home(self, value: Value, here: Scheduler) -> Buffer | None:
+        """The buffer of the carried tensor whose next value this is, if nothing else reads it."""
+        loop = self.emitter.loops[-1] if self.emitter.loops else None
+        if loop is None or loop.name != "scf.for" or here.block is not loop.regions[0].block:
+            return None
+        carried = here.block.arguments[1:]
+        for argument, final in zip(carried, here.block.ops[-1].operands, strict=True):
+            if final is value and self._only_through(value, argument, here):
+                return self.emitter.scope.buffers.get(argument)
+        return None
+
+    def _only_through(self, value: Value, source: Value, here: Scheduler) -> bool:
+        """Whether whatever still needs `source` gets it, element for element, from `value`."""
+        for user, inside in here.uses.direct(source):
+            if user in here.done:
+                continue
+            inline = user.results and self.emitter.analysis.is_inline(user.result)
+            if not inside or not inline or user.name in VIEWS:
+                return False
+            if user.result is not value and not self._only_through(value, user.result, here):
+                return False
+        return True
 
     def may_overwrite(self, target: Value, here: Scheduler, by: set[Op]) -> bool:
         """Whether every remaining reader of a carried tensor reads it element for element."""

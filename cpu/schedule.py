@@ -84,11 +84,13 @@ class Scheduler(KeepPlan):
         self, scope: Scope, block: Block, out: list[str], emitter: GroupEmitter,
         allocate: Callable[[str, tuple[int, ...]], Buffer],
         effect: Callable[[Nest, Sink], list[str]],
+        home: Callable[[Value, Scheduler], Buffer | None],
     ) -> None:  # fmt: skip
         self.scope, self.block, self.out = scope, block, out
         self.analysis = scope.analysis
         self.uses = Uses(block, scope.analysis)
         self._emitter, self._allocate, self._effect = emitter, allocate, effect
+        self._home = home
         self.open: list[Group] = []
         self.done: set[Op] = set()
 
@@ -248,7 +250,10 @@ class Scheduler(KeepPlan):
         )
         keeps = [s for s in group.sinks if s.kind == "keep"]
         saved = {s.values[0] for s in keeps if s.target is None}
-        filled = {s.values[0] for s in keeps if s.target and s.target.elem == s.values[0].type.elem}
+        targets = [(s.values[0], s.target) for s in keeps if s.target is not None]
+        filled = {value for value, target in targets if target.elem == value.type.elem}
+        # what these fill serves later users as well, so that what it was made of need not be kept
+        rows = {value for value, target in targets if value in filled and not target.transposed}
         for value in order:
             if value in filled:
                 continue
@@ -257,11 +262,11 @@ class Scheduler(KeepPlan):
                 continue
             if self.analysis.is_transparent(value) or self.analysis.cost(value) <= KEEP_ABOVE:
                 continue
-            if self._wanted(value, kept):
+            if self._wanted(value, {*kept, *rows}):
                 kept.append(value)
         return kept
 
-    def _wanted(self, value: Value, kept: list[Value]) -> bool:
+    def _wanted(self, value: Value, kept: set[Value]) -> bool:
         for user, here in self.uses.direct(value):
             inline = here and user.results and self.analysis.is_inline(user.result)
             if inline and user.result not in kept:
@@ -273,7 +278,8 @@ class Scheduler(KeepPlan):
 
     def buffer(self, value: Value) -> Buffer:
         if value not in self.scope.buffers:
-            self.scope.buffers[value] = self._allocate(value.type.elem, value.type.dims)
+            home = self._home(value, self)
+            self.scope.buffers[value] = home or self._allocate(value.type.elem, value.type.dims)
         return self.scope.buffers[value]
 
     def effect(self, nest: Nest, sink: Sink) -> list[str]:

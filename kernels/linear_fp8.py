@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .arch import Arch
+from .arch import Arch, arch_of
 from .dispatch import choose
 from .expert_tiles import Config, Problem
 from .fp8_tiles import check_scales, form_of, has_fp8, product_fp8
@@ -26,8 +26,10 @@ from .launch import empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_fp8, quantize_reference
 from .tables import pick
 
-CAST_IN_LOADS = 16
-"""The most rows whose cast is repeated by every program."""
+
+def cast_in_loads(arch: Arch) -> int:
+    """The most rows whose cast is repeated by every program: a GPU has arithmetic to spare."""
+    return 0 if arch.is_cpu else 16
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -35,7 +37,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     found = tall_configs(problem, arch)
     if arch.is_cpu:
         return [replace(c, rows=min(128, problem.rows)) for c in found]
-    if problem.rows > CAST_IN_LOADS:
+    if problem.rows > cast_in_loads(arch):
         return found
     return sorted(found, key=lambda c: (c.rows, abs(c.columns - 64), -c.num_stages, c.num_warps))
 
@@ -80,7 +82,7 @@ def _forward(
     if not has_fp8(x):
         return linear_fp8_reference(whole(x, x_scales), weight, scales, dtype=dtype,
                                     power_of_two=power_of_two)  # fmt: skip
-    if x_scales is None and x.numel() > CAST_IN_LOADS * x.shape[-1]:
+    if x_scales is None and x.numel() > cast_in_loads(arch_of(x.device)) * x.shape[-1]:
         cast = quantize_fp8(x, power_of_two=power_of_two)
         x, x_scales = cast.values, cast.scales
     flat, (columns, depth) = rows(x), weight.shape

@@ -51,7 +51,10 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Candidates, the default first: many small programs, so that all memory channels are busy."""
     depth = min(triton.next_power_of_2(max(16, problem.depth)), 512 // problem.size)
     if arch.is_cpu:
-        return [Config(problem.rows, 64, depth, 4, 1), Config(problem.rows, 128, depth, 4, 1)]
+        # long pieces of rows of W, as much of x as the first-level cache holds, and no masks
+        whole, most = problem.depth & -problem.depth, 16384 // (problem.rows * problem.size)
+        deep = max(depth, min(whole, most, 4096))
+        return [Config(problem.rows, 128, deep, 4, 1), Config(problem.rows, 64, deep, 4, 1)]
     found = [
         Config(max(16, problem.rows), columns, step, 4, stages)
         for columns in (32, 64, 16, 128)

@@ -30,6 +30,7 @@ template <class T> struct lane_type { typedef T type; static const int lanes = 1
 KX_ALL_LANES(float) KX_ALL_LANES(double) KX_ALL_LANES(int8_t) KX_ALL_LANES(uint8_t)
 KX_ALL_LANES(int16_t) KX_ALL_LANES(uint16_t) KX_ALL_LANES(int32_t) KX_ALL_LANES(uint32_t)
 KX_ALL_LANES(int64_t) KX_ALL_LANES(uint64_t)
+KX_LANES(uint8_t, 32) KX_LANES(uint16_t, 32) KX_LANES(int16_t, 32)
 template <class T> using E = typename lane_type<T>::type;
 template <class T> constexpr int lanes = lane_type<T>::lanes;
 // the same lane count with another element type
@@ -62,6 +63,10 @@ template <class To, class From> AI as<From, To> cast(From v) {
     V<To, 16> w; asm("vpmovzxbd %1,%0" : "=v"(w) : "v"(v)); return w;
   } else if constexpr (sizeof(To) == 1 && sizeof(E<From>) == 4 && lanes<From> == 16 && (E<From>)0.5 == 0) {
     V<To, 16> w; asm("vpmovdb %1,%0" : "=v"(w) : "v"(v)); return w;
+  } else if constexpr (sizeof(To) == 2 && sizeof(E<From>) == 1 && lanes<From> == 32 && (E<From>)-1 > 0) {
+    V<To, 32> w; asm("vpmovzxbw %1,%0" : "=v"(w) : "v"(v)); return w;
+  } else if constexpr (sizeof(To) == 2 && sizeof(E<From>) == 1 && lanes<From> == 16 && (E<From>)-1 > 0) {
+    V<To, 16> w; asm("vpmovzxbw %1,%0" : "=v"(w) : "v"(v)); return w;
   }
 #endif
   // u8 -> 32 bit in one step becomes dozens of instructions in GCC 12; two steps do not

@@ -7,8 +7,6 @@ namespace kx {
 template <class T> AI as<T, float> bf16_to_f32(T v) {
   return bits<as<T, float>>(cast<uint32_t>((U<T>)v) << 16);
 }
-// where the value has at most 8 digits, as every 8-bit float: nothing to round
-template <class T> AI as<T, uint16_t> top_half(T x) { return cast<uint16_t>(bits<U<T>>(x) >> 16); }
 template <class T> AI as<T, uint16_t> f32_to_bf16(T x) {
   auto u = bits<U<T>>(x);
 #if defined(__AVX512BF16__)
@@ -80,35 +78,68 @@ template <class T> AI as<T, float> e4m3_to_f32(T v) {
 template <class T> AI as<T, float> e5m2_to_f32(T v) {
   return f16_to_f32(cast<uint16_t>((U<T>)v) << 8);
 }
-// MANTISSA bits kept, exponents below MIN are subnormal, above MOST saturates
-template <int MANTISSA, int BIAS, class T> AI U<T> f32_to_fp8_bits(T x, uint32_t most) {
-  typedef U<T> W;
-  const int shift = 23 - MANTISSA;
-  const uint32_t least = (uint32_t)(128 - BIAS) << 23;
-  W u = bits<W>(x), a = u & 0x7fffffff;
-  W normal = (a - ((uint32_t)(127 - BIAS) << 23) + ((1u << (shift - 1)) - 1) + ((a >> shift) & 1)) >> shift;
-  // half an ulp of `magic` is half a step of the subnormals
-  const float magic = bits<float>((uint32_t)(127 + 23 + 1 - BIAS - MANTISSA) << 23);
-  W small = bits<W>(bits<T>(a) + magic) - bits<uint32_t>(magic);
-  W r = select<W>(to_mask<W>(a < splat<W>(least)), small, normal);
-  return select<W>(to_mask<W>(r > splat<W>(most)), splat<W>(most), r);
+// fp8 to bf16, which holds it exactly, in 16-bit lanes. Bits as a function of bits are concave: the
+// least of the lines through its pieces, one for each binade of subnormals and one for the rest
+template <class T> AI T least(T a, T b) { return a < b ? a : b; }
+template <class T> AI as<T, uint16_t> e4m3_to_bf16(T v) {
+  typedef as<T, int16_t> H;
+  H h = (H)cast<uint16_t>((U<T>)v), x = h & 0x7f;
+  H y = least<H>(least<H>((x << 4) + 0x3c00, (x << 5) + 0x3b80),
+                 least<H>((x << 6) + 0x3b00, least<H>(x, (H)(H{} + 2)) * 0x3b00));
+  y = x == 0x7f ? (H)(H{} + 0x7fc0) : y;
+  return (as<T, uint16_t>)(y | ((h << 8) & (int16_t)-0x8000));
 }
-template <class T> AI as<T, uint8_t> f32_to_e4m3(T x) {
+template <class T> AI as<T, uint16_t> e5m2_to_bf16(T v) {
+  typedef as<T, int16_t> H;
+  H h = (H)cast<uint16_t>((U<T>)v), x = h & 0x7f;
+  H y = least<H>((x << 5) + 0x3800, least<H>((x << 6) + 0x3780, least<H>(x, (H)(H{} + 2)) * 0x3780));
+  y = x >= 0x7c ? (H)(y + 0x3800) : y;
+  return (as<T, uint16_t>)(y | ((h << 8) & (int16_t)-0x8000));
+}
+#if defined(__AVX512VBMI__)
+struct Halves { alignas(64) uint8_t low[128], high[128]; };
+constexpr Halves e4m3_table() {
+  Halves t{};
+  for (int x = 0; x < 128; x++) {
+    int m = x & 7, small = m >= 4 ? (m << 5) + 0x3b80 : m >= 2 ? (m << 6) + 0x3b00 : m * 0x3b00;
+    int y = x == 127 ? 0x7fc0 : x >= 8 ? (x << 4) + 0x3c00 : small;
+    t.low[x] = y & 255;
+    t.high[x] = y >> 8;
+  }
+  return t;
+}
+static constexpr Halves e4m3_halves = e4m3_table();
+// every byte twice, then both looked up
+AI V<uint16_t, 32> e4m3_to_bf16(V<uint8_t, 32> v) {
+  typedef V<uint8_t, 64> bytes;
+  bytes twice, x, low[2], high[2];
+  for (int i = 0; i < 64; i++) twice[i] = i / 2;
+  memcpy(low, e4m3_halves.low, 128);
+  memcpy(high, e4m3_halves.high, 128);
+  asm("vpermb %g1,%2,%0" : "=v"(x) : "v"(v), "v"(twice));
+  bytes y = x;
+  uint64_t even = 0x5555555555555555ull;
+  asm("vpermi2b %2,%1,%0%{%3%}" : "+v"(y) : "v"(low[0]), "v"(low[1]), "Yk"(even));
+  asm("vpermi2b %2,%1,%0%{%3%}" : "+v"(y) : "v"(high[0]), "v"(high[1]), "Yk"(~even));
+  return bits<V<uint16_t, 32>>(y) | (bits<V<uint16_t, 32>>(x) & (uint16_t)0x8000);
+}
+#endif
+
+// MANTISSA bits kept. A power of two, so much larger than x (or than the least normal number) that the
+// sum has no further bits, rounds x: what is added to its bits is the rounded multiple of a step.
+template <int MANTISSA, int BIAS, class T> AI as<T, uint8_t> f32_to_fp8(T x, float largest, uint32_t nan) {
   typedef U<T> W;
-  W u = bits<W>(x), a = u & 0x7fffffff;
-  W r = f32_to_fp8_bits<3, 7>(x, 0x7e);
-  r = select<W>(to_mask<W>(a >= splat<W>(0x43f00000)), splat<W>(0x7e), r);
-  r = select<W>(to_mask<W>(a > splat<W>(0x7f800000)), splat<W>(0x7f), r);
+  constexpr int shift = 23 - MANTISSA;
+  W u = bits<W>(x), a = u & 0x7fffffffu, most = splat<W>(bits<uint32_t>(largest)), low = splat<W>((128u - BIAS) << 23);
+  W held = least<W>(a, most), exponent = held & 0x7f800000u;
+  exponent = exponent > low ? exponent : low;
+  W power = exponent + ((uint32_t)shift << 23);
+  W r = bits<W>(bits<T>(held) + bits<T>(power)) - power + (exponent >> shift) - ((128u - BIAS) << MANTISSA);
+  r = a > splat<W>(0x7f800000u) ? splat<W>(nan) : r;
   return cast<uint8_t>(r | ((u >> 24) & 0x80));
 }
-template <class T> AI as<T, uint8_t> f32_to_e5m2(T x) {
-  typedef U<T> W;
-  W u = bits<W>(x), a = u & 0x7fffffff;
-  W r = f32_to_fp8_bits<2, 15>(x, 0x7b);
-  r = select<W>(to_mask<W>(a >= splat<W>(0x47700000)), splat<W>(0x7b), r);
-  r = select<W>(to_mask<W>(a > splat<W>(0x7f800000)), splat<W>(0x7f), r);
-  return cast<uint8_t>(r | ((u >> 24) & 0x80));
-}
+template <class T> AI as<T, uint8_t> f32_to_e4m3(T x) { return f32_to_fp8<3, 7>(x, 448.0f, 0x7f); }
+template <class T> AI as<T, uint8_t> f32_to_e5m2(T x) { return f32_to_fp8<2, 15>(x, 57344.0f, 0x7f); }
 
 // double -> narrow through float rounded to odd, so that the second rounding is exact
 template <class T> AI as<T, float> f64_to_f32_odd(T x) {

@@ -1,13 +1,8 @@
-// tl.dot on packed tiles: register-blocked micro-kernels over panels of B.
+// tl.dot: register-blocked micro-kernels over packed operands, and a stream for a few rows.
 #pragma once
-#include "kx_cast.h"
-#include "kx_math.h"
+#include "kx_pack.h"
 
 namespace kx {
-
-constexpr int W = KX_VECTOR_BYTES / 4; // fp32 lanes of a register
-typedef V<float, W> fv;
-typedef V<uint32_t, W> uv;
 
 // c + odd products, then + even products; products of bf16 are exact in fp32, so every machine
 // gives the same bits (the instruction flushes subnormals)
@@ -21,59 +16,23 @@ AI fv dot2(fv c, uv a, uv b) {
 #endif
 }
 
-// W x W words, transposed in log2(W) rounds of two-source shuffles
-template <int H = W / 2> AI void transpose(uv *r) {
-  KX_UNROLL(32) for (int i = 0; i < W; i++)
-    if (!(i & H)) {
-      uv a = r[i], b = r[i + H];
-      r[i] = groups<H, false>(a, b);
-      r[i + H] = groups<H, true>(a, b);
-    }
-  if constexpr (H > 1) transpose<H / 2>(r);
-}
-
-// Packed B: panels of P columns, each [rows of words][P]; here from its transpose [N][K words]
-template <int N, int KW, int P> static void transpose_words(const uint32_t *b, uint32_t *out) {
-  if constexpr (N % W == 0 && KW % W == 0) {
-    for (int n = 0; n < N; n += W)
-      for (int k = 0; k < KW; k += W) {
-        uv r[W];
-        KX_UNROLL(32) for (int i = 0; i < W; i++) r[i] = load<uint32_t, W>(b + (n + i) * KW + k);
-        transpose(r);
-        KX_UNROLL(32) for (int i = 0; i < W; i++) store<uint32_t, W>(out + n / P * (KW * P) + (k + i) * P + n % P, r[i]);
-      }
-  } else
-    for (int k = 0; k < KW; k++)
-      for (int n = 0; n < N; n++) out[n / P * (KW * P) + k * P + n % P] = b[n * KW + k];
-}
-
-// rows k and k + 1 of B [K][N] as words of pairs, in the same panels
-template <int N, int K, int P> static void pair_rows(const uint16_t *b, uint32_t *out) {
-  for (int k = 0; k < K / 2; k++)
-    for (int n = 0; n < N; n += W) {
-      const uint16_t *p = b + 2 * k * N + n;
-      uv low = cast<uint32_t>(load<uint16_t, W>(p)), high = cast<uint32_t>(load<uint16_t, W>(p + N));
-      store<uint32_t, W>(out + n / P * (K / 2 * P) + k * P + n % P, low | (high << 16));
-    }
-}
-
-template <int MR, int NV>
-static void block_bf16(const uint16_t *a, int lda, const uint32_t *b, int ldb, float *c, int ldc, int pairs) {
+// C [MR][NV registers] + A B: A's words are AM apart along M and AK along K, B's rows P words
+template <int MR, int NV, int AM, int AK>
+static void block_bf16(const uint32_t *a, const uint32_t *b, float *c, int ldc, int pairs) {
   fv s[MR][NV];
   KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = load<float, W>(c + i * ldc + j * W);
   for (int k = 0; k < pairs; k++) {
     uv r[NV];
-    KX_UNROLL(32) for (int j = 0; j < NV; j++) r[j] = load<uint32_t, W>(b + k * ldb + j * W);
+    KX_UNROLL(32) for (int j = 0; j < NV; j++) r[j] = load<uint32_t, W>(b + (k * NV + j) * W);
     KX_UNROLL(32) for (int i = 0; i < MR; i++) {
-      uint32_t x;
-      memcpy(&x, a + i * lda + 2 * k, 4);
-      KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = dot2(s[i][j], uv{} + x, r[j]);
+      uv x = uv{} + a[i * AM + k * AK];
+      KX_UNROLL(32) for (int j = 0; j < NV; j++) s[i][j] = dot2(s[i][j], x, r[j]);
     }
   }
   KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) store<float, W>(c + i * ldc + j * W, s[i][j]);
 }
-template <class T, int MR, int NV>
-static void block_fma(const T *a, int lda, const T *b, int ldb, T *c, int ldc, int depth) {
+template <class T, int MR, int NV, int AM, int AK>
+static void block_fma(const T *a, const T *b, int ldb, T *c, int ldc, int depth) {
   const int L = KX_VECTOR_BYTES / sizeof(T);
   typedef V<T, L> R;
   R s[MR][NV];
@@ -82,45 +41,13 @@ static void block_fma(const T *a, int lda, const T *b, int ldb, T *c, int ldc, i
     R r[NV];
     KX_UNROLL(32) for (int j = 0; j < NV; j++) r[j] = load<T, L>(b + k * ldb + j * L);
     KX_UNROLL(32) for (int i = 0; i < MR; i++) {
-      R x = R{} + a[i * lda + k];
+      R x = R{} + a[i * AM + k * AK];
       KX_UNROLL(32) for (int j = 0; j < NV; j++) {
         if constexpr ((T)0.5 != 0) s[i][j] = fma(x, r[j], s[i][j]); else s[i][j] += x * r[j];
       }
     }
   }
   KX_UNROLL(32) for (int i = 0; i < MR; i++) KX_UNROLL(32) for (int j = 0; j < NV; j++) store<T, L>(c + i * ldc + j * L, s[i][j]);
-}
-
-// A few rows of A against rows of B: lanes run along K, so that B is read once and as it lies.
-// W sums at a time, each in the lanes of one register; `words` are pairs of bf16 or single floats.
-constexpr bool few_rows(int m, int n, int words) {
-  return m <= 16 && (m & (m - 1)) == 0 && words % W == 0 && n % (m >= 4 ? W / 4 : W / m) == 0;
-}
-AI fv few_step(fv c, uv a, uv b) { return dot2(c, a, b); }
-AI fv few_step(fv c, fv a, fv b) { return fma(a, b, c); }
-// lane i of the result is the sum of r[i]
-template <int H = W / 2> AI fv sum_each(fv *r) {
-  KX_UNROLL(32) for (int i = 0; i < H; i++) r[i] = groups<H, false>(r[i], r[i + H]) + groups<H, true>(r[i], r[i + H]);
-  if constexpr (H > 1) return sum_each<H / 2>(r);
-  return r[0];
-}
-template <class T, int M, int N, int WORDS> static void dot_few_rows(const T *a, const T *b, float *c) {
-  constexpr int MB = M >= 4 ? 4 : M, NB = W / MB;
-  for (int n = 0; n < N; n += NB)
-    for (int m = 0; m < M; m += MB) {
-      fv s[W]{};
-      for (int k = 0; k < WORDS; k += W) {
-        V<T, W> x[MB];
-        KX_UNROLL(32) for (int i = 0; i < MB; i++) x[i] = load<T, W>(a + (m + i) * WORDS + k);
-        KX_UNROLL(32) for (int j = 0; j < NB; j++) {
-          V<T, W> y = load<T, W>(b + (n + j) * WORDS + k);
-          KX_UNROLL(32) for (int i = 0; i < MB; i++) s[i * NB + j] = few_step(s[i * NB + j], x[i], y);
-        }
-      }
-      fv sum = sum_each(s);
-      for (int i = 0; i < MB; i++)
-        for (int j = 0; j < NB; j++) c[(m + i) * N + n + j] += sum[i * NB + j];
-    }
 }
 
 // registers: 32 of 64 bytes (and on aarch64), 16 elsewhere
@@ -130,62 +57,194 @@ constexpr int ROWS = 6, VECTORS = 4;
 constexpr int ROWS = 3, VECTORS = 4;
 #endif
 
-template <int M, int N, int K, bool TRANSPOSED>
-static void dot_bf16(const uint16_t *a, const uint16_t *b, float *c, int32_t *panels) {
-  if constexpr (TRANSPOSED && K % 2 == 0 && few_rows(M, N, K / 2)) {
-    dot_few_rows<uint32_t, M, N, K / 2>((const uint32_t *)a, (const uint32_t *)b, c);
-  } else if constexpr (K % 2 || N % W) {
+// A few rows of A against rows of B that lie along K: B is read once, where it is. A register of LANES
+// lanes (of several registers, where they are narrower) holds G words of each of the M rows of A; it is
+// multiplied by G words of a row of B, repeated M times. Each sum is taken in G lanes and then in a tree,
+// the same one for every width of registers.
+constexpr int BYTES_AHEAD = 32768;
+constexpr int LANES = 16, PARTS = LANES / W;
+constexpr bool few_rows(int m, int n, int words) {
+  return m <= LANES && (m & (m - 1)) == 0 && words % LANES == 0 && n % LANES == 0;
+}
+// rows of B whose sums are held in registers at a time
+constexpr int HELD = PARTS == 1 ? 16 : ROWS == 6 ? 4 : 8 / PARTS;
+AI fv few_step(fv c, uv a, uv b) { return dot2(c, a, b); }
+AI fv few_step(fv c, fv a, fv b) { return fma(a, b, c); }
+// register `part` of G words, repeated
+template <int G> AI uv repeat(const uint32_t *p, int part) {
+  if constexpr (G >= W) return load<uint32_t, W>(p + part * W % G);
+  else if constexpr (G == 1) return uv{} + *p;
+  else if constexpr (G == 2) {
+    uint64_t two; memcpy(&two, p, 8);
+    return bits<uv>(V<uint64_t, W / 2>{} + two);
+  }
+#if defined(__AVX512F__)
+  else if constexpr (G == 4) { uv r; asm("vbroadcasti32x4 %1,%0" : "=v"(r) : "m"(*(const uint32_t(*)[4])p)); return r; }
+  else { uv r; asm("vbroadcasti64x4 %1,%0" : "=v"(r) : "m"(*(const uint32_t(*)[8])p)); return r; }
+#else
+  else { uv r; for (int i = 0; i < W; i++) r[i] = p[i % G]; return r; }
+#endif
+}
+// sums over groups of G lanes of 16 rows: r[m * G] gets row m of the result, a lane for each of the 16
+template <int G, int H = LANES / 2> AI void exchange_rows(fv (*r)[PARTS]) {
+  KX_UNROLL(32) for (int i = 0; i < LANES; i += G)
+    if (!(i & H))
+      KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+        if constexpr (H < W) {
+          fv x = r[i][p], y = r[i + H][p];
+          r[i][p] = groups<H, false>(x, y), r[i + H][p] = groups<H, true>(x, y);
+        } else if (!(p & H / W)) {
+          fv x = r[i][p | H / W];
+          r[i][p | H / W] = r[i + H][p], r[i + H][p] = x;
+        }
+      }
+  if constexpr (H > G) exchange_rows<G, H / 2>(r);
+}
+template <int G, int H = G / 2> AI void sum_groups(fv (*r)[PARTS]) {
+  if constexpr (H > 0) {
+    // not the rows that an earlier round has added to others: they have one of its bits
+    KX_UNROLL(32) for (int i = 0; i < LANES; i++)
+      if (!(i & H) && (i & (G - 1)) < 2 * H)
+        KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+          if constexpr (H < W) r[i][p] = groups<H, false>(r[i][p], r[i + H][p]) + groups<H, true>(r[i][p], r[i + H][p]);
+          else if (!(p & H / W)) {
+            fv one = r[i][p] + r[i][p | H / W], other = r[i + H][p] + r[i + H][p | H / W];
+            r[i][p] = one, r[i][p | H / W] = other;
+          }
+        }
+    sum_groups<G, H / 2>(r);
+  } else if constexpr (G < LANES) exchange_rows<G>(r);
+}
+template <int M, int WORDS> static void pack_few(const uint32_t *a, uint32_t *out) {
+  constexpr int G = LANES / M;
+  if constexpr (M == LANES && PARTS == 1) transpose_words<M, WORDS, M>(Tile<uint32_t, WORDS>{a}, out);
+  else if constexpr (M > 1)
+    for (int k = 0; k < WORDS; k += G)
+      KX_UNROLL(32) for (int m = 0; m < M; m++) memcpy(out + k * M + m * G, a + m * WORDS + k, 4 * G);
+}
+template <int M, int N, int WORDS, class B> static void dot_few_rows(const uint32_t *a, B b, float *c, uint32_t *packed) {
+  typedef typename B::type T;
+  constexpr int G = LANES / M, STEP = per_word<T>;
+  // 16 rows' chunk at a time, copied (and converted) where registers do not hold the addresses
+  constexpr int CHUNK = WORDS % 128 == 0 ? 128 : WORDS % 64 == 0 ? 64 : WORDS % 32 == 0 ? 32 : 16;
+  constexpr bool copied = G < 4 || (sizeof(T) == 1 && M > 1);
+  alignas(64) uint32_t held[copied ? LANES * CHUNK : 1];
+  constexpr int BLOCKS = N / LANES * (WORDS / CHUNK), AHEAD = BYTES_AHEAD / (LANES * CHUNK * STEP * (int)sizeof(T));
+  if constexpr (M > 1) { pack_few<M, WORDS>(a, packed); a = packed; }
+  for (int n = 0; n < N; n += LANES) {
+    fv s[LANES][PARTS]{};
+    for (int from = 0; from < WORDS; from += CHUNK) {
+      if constexpr (copied)
+        for (int i = 0; i < LANES; i++)
+          for (int k = 0; k < CHUNK; k += W) store<uint32_t, W>(held + i * CHUNK + k, words(b(n + i) + (from + k) * STEP));
+      // the rows and the column that will be read a while later, of this tile or a later one
+      const int later = n / LANES * (WORDS / CHUNK) + from / CHUNK + AHEAD;
+      const int row = later / (WORDS / CHUNK) % (N / LANES) * LANES, column = later % (WORDS / CHUNK) * CHUNK * STEP;
+      KX_UNROLL(32) for (int first = 0; first < LANES; first += HELD) {
+        fv t[HELD][PARTS];
+        KX_UNROLL(32) for (int i = 0; i < HELD; i++) KX_UNROLL(32) for (int p = 0; p < PARTS; p++) t[i][p] = s[first + i][p];
+        for (int block = 0; block < CHUNK; block += LANES) {
+          KX_UNROLL(32) for (int i = 0; i < HELD; i++) b.fetch(row + first + i, column + block * STEP, later / BLOCKS);
+          for (int k = block; k < block + LANES; k += G)
+            KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+              uv x = load<uint32_t, W>(a + (from + k) * M + p * W);
+              KX_UNROLL(32) for (int i = 0; i < HELD; i++) {
+                uv y;
+                if constexpr (copied) y = repeat<G>(held + (first + i) * CHUNK + k, p);
+                else if constexpr (M == 1) y = words(b(n + first + i) + (from + k + p * W) * STEP);
+                else y = repeat<G>((const uint32_t *)b(n + first + i) + from + k, p);
+                if constexpr (sizeof(T) == 4) t[i][p] = few_step(t[i][p], bits<fv>(x), bits<fv>(y));
+                else t[i][p] = few_step(t[i][p], x, y);
+              }
+            }
+        }
+        KX_UNROLL(32) for (int i = 0; i < HELD; i++) KX_UNROLL(32) for (int p = 0; p < PARTS; p++) s[first + i][p] = t[i][p];
+      }
+    }
+    sum_groups<G>(s);
+    KX_UNROLL(32) for (int m = 0; m < M; m++)
+      KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+        float *at = c + m * N + n + p * W;
+        store<float, W>(at, load<float, W>(at) + s[m * G][p]);
+      }
+  }
+}
+
+// One operand packed for all: a tile as it is, or copied to one
+template <int R, int C, class T, int LD> AI const T *as_tile(Tile<T, LD> x, T *) { return x.base; }
+template <int R, int C, class X, class T> AI const T *as_tile(X x, T *out) {
+  constexpr int STEP = per_word<typename X::type>;
+  if constexpr (C % (W * STEP) == 0) copy_words<C / STEP, R>(x, (uint32_t *)out);
+  else for (int r = 0; r < R; r++) for (int c = 0; c < C; c++) out[r * C + c] = stored(x(r)[c]);
+  return out;
+}
+
+// A is [M][K], or [K][M] where AT; B is [K][N], or [N][K] where BT
+template <int M, int N, int K, bool AT, bool BT, class A, class B>
+static void dot_bf16(A a, B b, float *c, void *scratch) {
+  uint32_t *panels = (uint32_t *)scratch;
+  if constexpr (K % 2 || N % W) {
     for (int i = 0; i < M; i++)
       for (int k = 0; k < K; k++) {
-        float x = bf16_to_f32(a[i * K + k]);
-        for (int j = 0; j < N; j++)
-          c[i * N + j] = __builtin_fmaf(x, bf16_to_f32(b[TRANSPOSED ? j * K + k : k * N + j]), c[i * N + j]);
+        float x = number(AT ? a(k)[i] : a(i)[k]);
+        for (int j = 0; j < N; j++) c[i * N + j] = __builtin_fmaf(x, number(BT ? b(j)[k] : b(k)[j]), c[i * N + j]);
       }
+  } else if constexpr (!AT && BT && few_rows(M, N, K / 2)) {
+    const uint32_t *tile = (const uint32_t *)as_tile<M, K>(a, (uint16_t *)panels);
+    dot_few_rows<M, N, K / 2>(tile, b, c, panels + M * K / 2);
   } else {
     constexpr int NV = N / W < VECTORS ? N / W : VECTORS, P = NV * W, TAIL = M % ROWS;
-    uint32_t *p = (uint32_t *)panels;
-    if constexpr (TRANSPOSED) transpose_words<N, K / 2, P>((const uint32_t *)b, p);
-    else pair_rows<N, K, P>(b, p);
+    // apart from a power of two, for the first-level cache
+    constexpr int LD = M + 16, AM = AT ? 1 : K / 2, AK = AT ? LD : 1;
+    const uint32_t *p = panels, *left = panels + K / 2 * N;
+    if constexpr (AT) pair_rows<M, K, M, LD>(a, panels + K / 2 * N);
+    else left = (const uint32_t *)as_tile<M, K>(a, (uint16_t *)left);
+    if constexpr (BT) transpose_words<N, K / 2, P>(b, panels);
+    else pair_rows<N, K, P>(b, panels);
     for (int j = 0; j < N; j += P, p += K / 2 * P) {
       int i = 0;
-      for (; i + ROWS <= M; i += ROWS) block_bf16<ROWS, NV>(a + i * K, K, p, P, c + i * N + j, N, K / 2);
-      if constexpr (TAIL != 0) block_bf16<TAIL, NV>(a + i * K, K, p, P, c + i * N + j, N, K / 2);
+      for (; i + ROWS <= M; i += ROWS) block_bf16<ROWS, NV, AM, AK>(left + i * AM, p, c + i * N + j, N, K / 2);
+      if constexpr (TAIL != 0) block_bf16<TAIL, NV, AM, AK>(left + i * AM, p, c + i * N + j, N, K / 2);
     }
   }
 }
 
-template <class T, int M, int N, int K, bool TRANSPOSED>
-static void dot_fma(const T *a, const T *b, T *c, T *panels) {
+template <class T, int M, int N, int K, bool AT, bool BT, class A, class B>
+static void dot_fma(A a, B b, T *c, void *scratch) {
   constexpr int L = KX_VECTOR_BYTES / sizeof(T);
-  if constexpr (TRANSPOSED && sizeof(T) == 4 && (T)0.5 != 0 && few_rows(M, N, K)) {
-    dot_few_rows<T, M, N, K>(a, b, c);
+  T *panels = (T *)scratch;
+  if constexpr (!AT && BT && sizeof(T) == 4 && (T)0.5 != 0 && few_rows(M, N, K)) {
+    const uint32_t *tile = (const uint32_t *)as_tile<M, K>(a, panels);
+    dot_few_rows<M, N, K>(tile, b, c, (uint32_t *)panels + M * K);
   } else if constexpr (N % L) {
     for (int i = 0; i < M; i++)
-      for (int k = 0; k < K; k++)
+      for (int k = 0; k < K; k++) {
+        T x = AT ? a(k)[i] : a(i)[k];
         for (int j = 0; j < N; j++) {
-          T y = b[TRANSPOSED ? j * K + k : k * N + j];
-          if constexpr ((T)0.5 != 0) c[i * N + j] = fma(a[i * K + k], y, c[i * N + j]);
-          else c[i * N + j] += a[i * K + k] * y;
+          T y = BT ? b(j)[k] : b(k)[j];
+          if constexpr ((T)0.5 != 0) c[i * N + j] = fma(x, y, c[i * N + j]);
+          else c[i * N + j] += x * y;
         }
+      }
   } else {
     constexpr int NV = N / L < VECTORS ? N / L : VECTORS, P = NV * L, TAIL = M % ROWS;
-    constexpr bool packed = TRANSPOSED && sizeof(T) == 4;
-    const T *p = b;
-    if constexpr (packed) transpose_words<N, K, P>((const uint32_t *)b, (uint32_t *)panels);
-    else if constexpr (TRANSPOSED)
-      for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) panels[k * N + j] = b[j * K + k];
-    if constexpr (TRANSPOSED) p = panels;
-    constexpr int step = packed ? K * P : P, ldb = packed ? P : N;
+    constexpr bool packed = BT && sizeof(T) == 4;
+    constexpr int step = packed ? K * P : P, ldb = packed ? P : N, AM = AT ? 1 : K, AK = AT ? M : 1;
+    const T *p = panels, *left = AT ? as_tile<K, M>(a, panels + K * N) : as_tile<M, K>(a, panels + K * N);
+    if constexpr (packed) transpose_words<N, K, P>(b, (uint32_t *)panels);
+    else if constexpr (BT)
+      for (int k = 0; k < K; k++) for (int j = 0; j < N; j++) panels[k * N + j] = b(j)[k];
+    else p = as_tile<K, N>(b, panels);
     for (int j = 0; j < N; j += P, p += step) {
       int i = 0;
-      for (; i + ROWS <= M; i += ROWS) block_fma<T, ROWS, NV>(a + i * K, K, p, ldb, c + i * N + j, N, K);
-      if constexpr (TAIL != 0) block_fma<T, TAIL, NV>(a + i * K, K, p, ldb, c + i * N + j, N, K);
+      for (; i + ROWS <= M; i += ROWS) block_fma<T, ROWS, NV, AM, AK>(left + i * AM, p, ldb, c + i * N + j, N, K);
+      if constexpr (TAIL != 0) block_fma<T, TAIL, NV, AM, AK>(left + i * AM, p, ldb, c + i * N + j, N, K);
     }
   }
 }
-template <int M, int N, int K, bool TR> static void dot_f32(const float *a, const float *b, float *c, float *p) { dot_fma<float, M, N, K, TR>(a, b, c, p); }
-template <int M, int N, int K, bool TR> static void dot_f64(const double *a, const double *b, double *c, double *p) { dot_fma<double, M, N, K, TR>(a, b, c, p); }
-template <int M, int N, int K, bool TR> static void dot_i32(const int32_t *a, const int32_t *b, int32_t *c, int32_t *p) { dot_fma<int32_t, M, N, K, TR>(a, b, c, p); }
+template <int M, int N, int K, bool AT, bool BT, class A, class B> static void dot_f32(A a, B b, float *c, void *p) { dot_fma<float, M, N, K, AT, BT>(a, b, c, p); }
+template <int M, int N, int K, bool AT, bool BT, class A, class B> static void dot_f64(A a, B b, double *c, void *p) { dot_fma<double, M, N, K, AT, BT>(a, b, c, p); }
+template <int M, int N, int K, bool AT, bool BT, class A, class B> static void dot_i32(A a, B b, int32_t *c, void *p) { dot_fma<int32_t, M, N, K, AT, BT>(a, b, c, p); }
 
 // ---- microscaled operands (OCP MX): blocks of K share one scale; all values are exact in fp32
 struct e8m0 { static float scale(uint8_t s) { return s == 255 ? __builtin_nanf("") : __builtin_ldexpf(1, (int)s - 127); } };

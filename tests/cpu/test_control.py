@@ -178,6 +178,41 @@ def test_decoupled_look_back_terminates():
 
 
 @triton.jit
+def running_sum_kernel(x, y, z, sums, n, N: tl.constexpr, FORM: tl.constexpr):
+    at = tl.arange(0, N)
+    total, former = tl.zeros((N,), tl.float32), tl.full((N,), 5.0, tl.float32)
+    for i in range(n):
+        value = tl.load(x + i * N + at)
+        new = total + value
+        tl.store(y + i * N + at, value * 2)
+        if FORM == "late":
+            tl.store(z + i * N + at, total)
+        if FORM == "former":
+            tl.store(z + i * N + at, former)
+            former = total
+        if FORM == "turned":
+            tl.store(z + i * N + at, tl.flip(total, 0))
+        total = new
+    tl.store(sums + at, total)
+    tl.store(z + n * N + at, former)
+
+
+@pytest.mark.parametrize("form", ["plain", "late", "former", "turned"])
+def test_a_sum_that_a_store_follows_is_kept_in_place_only_where_the_old_one_is_not_read(form):
+    n, width = 5, 64
+    x = torch.randint(-9, 9, (n, width)).float()
+    y, z, sums = torch.empty(n, width), torch.zeros(n + 1, width), torch.empty(width)
+    running_sum_kernel[(1,)](x, y, z, sums, n, N=width, FORM=form)
+    before = torch.cat([torch.zeros(1, width), x.cumsum(0)])
+    assert torch.equal(sums, before[n]) and torch.equal(y, 2 * x)
+    five = torch.full((1, width), 5.0)
+    want = {"plain": torch.zeros(n, width), "late": before[:n], "turned": before[:n].flip(1),
+            "former": torch.cat([five, before[: n - 1]])}  # fmt: skip
+    assert torch.equal(z[:n], want[form])
+    assert torch.equal(z[n:], before[n - 1 : n] if form == "former" else five)
+
+
+@triton.jit
 def cas_kernel(lock, value):
     while tl.atomic_cas(lock, 0, 1, sem="acquire") == 1:
         pass
