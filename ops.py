@@ -95,7 +95,10 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'kexaone.ops' has no attribute {name!r}")
-    return getattr(import_module(f".kernels.{_HOMES[name]}", __package__), name)
+    found = getattr(import_module(f".kernels.{_HOMES[name]}", __package__), name)
+    # the next look-up finds it without coming here
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
