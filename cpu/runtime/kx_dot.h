@@ -129,10 +129,12 @@ template <int M, int N, int WORDS, class B> static void dot_few_rows(const uint3
   constexpr int CHUNK = WORDS % 128 == 0 ? 128 : WORDS % 64 == 0 ? 64 : WORDS % 32 == 0 ? 32 : 16;
   constexpr bool copied = G < 4 || (sizeof(T) == 1 && M > 1);
   alignas(64) uint32_t held[copied ? LANES * CHUNK : 1];
+  // sums of floats are taken in four parts at least: their own rounding is all that limits them
+  constexpr int SETS = sizeof(T) == 4 && G < 4 ? 4 / G : 1, HERE = HELD > SETS ? HELD / SETS : 1;
   constexpr int BLOCKS = N / LANES * (WORDS / CHUNK), AHEAD = BYTES_AHEAD / (LANES * CHUNK * STEP * (int)sizeof(T));
   if constexpr (M > 1) { pack_few<M, WORDS>(a, packed); a = packed; }
   for (int n = 0; n < N; n += LANES) {
-    fv s[LANES][PARTS]{};
+    fv s[LANES][PARTS], u[LANES][SETS][PARTS]{};
     for (int from = 0; from < WORDS; from += CHUNK) {
       if constexpr (copied)
         for (int i = 0; i < LANES; i++)
@@ -140,27 +142,34 @@ template <int M, int N, int WORDS, class B> static void dot_few_rows(const uint3
       // the rows and the column that will be read a while later, of this tile or a later one
       const int later = n / LANES * (WORDS / CHUNK) + from / CHUNK + AHEAD;
       const int row = later / (WORDS / CHUNK) % (N / LANES) * LANES, column = later % (WORDS / CHUNK) * CHUNK * STEP;
-      KX_UNROLL(32) for (int first = 0; first < LANES; first += HELD) {
-        fv t[HELD][PARTS];
-        KX_UNROLL(32) for (int i = 0; i < HELD; i++) KX_UNROLL(32) for (int p = 0; p < PARTS; p++) t[i][p] = s[first + i][p];
+      KX_UNROLL(32) for (int first = 0; first < LANES; first += HERE) {
+        fv t[HERE][SETS][PARTS];
+        memcpy(t, u[first], sizeof t);
         for (int block = 0; block < CHUNK; block += LANES) {
-          KX_UNROLL(32) for (int i = 0; i < HELD; i++) b.fetch(row + first + i, column + block * STEP, later / BLOCKS);
-          for (int k = block; k < block + LANES; k += G)
-            KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+          KX_UNROLL(32) for (int i = 0; i < HERE; i++) b.fetch(row + first + i, column + block * STEP, later / BLOCKS);
+          for (int at = block; at < block + LANES; at += G * SETS)
+            KX_UNROLL(32) for (int each = 0; each < SETS * PARTS; each++) {
+              const int set = each / PARTS, p = each % PARTS, k = at + set * G;
               uv x = load<uint32_t, W>(a + (from + k) * M + p * W);
-              KX_UNROLL(32) for (int i = 0; i < HELD; i++) {
+              KX_UNROLL(32) for (int i = 0; i < HERE; i++) {
                 uv y;
                 if constexpr (copied) y = repeat<G>(held + (first + i) * CHUNK + k, p);
                 else if constexpr (M == 1) y = words(b(n + first + i) + (from + k + p * W) * STEP);
                 else y = repeat<G>((const uint32_t *)b(n + first + i) + from + k, p);
-                if constexpr (sizeof(T) == 4) t[i][p] = few_step(t[i][p], bits<fv>(x), bits<fv>(y));
-                else t[i][p] = few_step(t[i][p], x, y);
+                if constexpr (sizeof(T) == 4) t[i][set][p] = few_step(t[i][set][p], bits<fv>(x), bits<fv>(y));
+                else t[i][set][p] = few_step(t[i][set][p], x, y);
               }
             }
         }
-        KX_UNROLL(32) for (int i = 0; i < HELD; i++) KX_UNROLL(32) for (int p = 0; p < PARTS; p++) s[first + i][p] = t[i][p];
+        memcpy(u[first], t, sizeof t);
       }
     }
+    KX_UNROLL(32) for (int i = 0; i < LANES; i++)
+      KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
+        KX_UNROLL(32) for (int h = SETS / 2; h >= 1; h /= 2)
+          KX_UNROLL(32) for (int set = 0; set < h; set++) u[i][set][p] += u[i][set + h][p];
+        s[i][p] = u[i][0][p];
+      }
     sum_groups<G>(s);
     KX_UNROLL(32) for (int m = 0; m < M; m++)
       KX_UNROLL(32) for (int p = 0; p < PARTS; p++) {
