@@ -127,6 +127,14 @@ class Cache:
         for layer in (*self.layers, *self.mtp_layers):
             layer.reserve(tokens)
 
+    def clear(self) -> None:
+        """Forget all tokens; the memory stays."""
+        for layer in (*self.layers, *self.mtp_layers):
+            layer.keys.zero_()
+            layer.values.zero_()
+        for counts in (self.lengths, self.mtp_lengths, *self._longest.values()):
+            counts[:] = [0] * len(counts)
+
     def packing(self, lengths: list[int], *, mtp: bool = False) -> Packing:
         """The packing of `lengths` new tokens after what the cache holds. Raises ValueError."""
         self._check_batch(lengths)

@@ -16,7 +16,7 @@ from rich.console import Console
 from . import console as ui
 from .config import Config, ConfigError
 from .data import Windows, bigram_entropy
-from .generation import MAX_DRAFTS, Generation, generate
+from .generation import MAX_DRAFTS, Generation, Generator
 from .sampling import Sampling
 from .trainer import StepReport, Trainer, TrainSettings
 from .training_run import Corpus, export, read_data, train_with_progress, validation_loss
@@ -129,26 +129,28 @@ def _compare_decoding(
 ) -> dict[str, Any]:
     """Continue held-out prompts plainly and speculatively in turn, then show a sampled text."""
     prompts = _prompts(corpus.validation)
-    generate(model, prompts[:1], max_new_tokens=8, drafts=options.drafts, stop_ids=())
-    runs: dict[int, list[Generation]] = {0: [], options.drafts: []}
+    context = max(map(len, prompts)) + options.tokens
+    generators = [
+        Generator(model, batch=1, context=context, drafts=drafts) for drafts in (0, options.drafts)
+    ]
+    # first once unmeasured: kernels are compiled, and steps recorded
+    for generate in generators:
+        generate(prompts[:1], max_new_tokens=options.tokens, stop_ids=())
+    runs: tuple[list[Generation], list[Generation]] = [], []
     # one prompt at a time and in turn, so that a busy machine slows both alike
     for prompt in prompts:
-        for drafts, done in runs.items():
-            done.append(
-                generate(model, [prompt], max_new_tokens=options.tokens, drafts=drafts, stop_ids=())
-            )
-    plain, fast = runs[0], runs[options.drafts]
+        for generate, done in zip(generators, runs, strict=True):
+            done.append(generate([prompt], max_new_tokens=options.tokens, stop_ids=()))
+    plain, fast = runs
     proposed = sum(r.statistics.drafted for r in fast)
     speeds = [statistics.median(r.statistics.tokens_per_second for r in rs) for rs in (plain, fast)]
     ratios = [
         f.statistics.tokens_per_second / p.statistics.tokens_per_second
         for p, f in zip(plain, fast, strict=True)
     ]
-    sampled = generate(
-        model,
+    sampled = generators[1](
         prompts[:1],
         max_new_tokens=SAMPLED_TOKENS,
-        drafts=options.drafts,
         sampling=Sampling(temperature=0.8, top_p=0.95, seed=options.seed),
         stop_ids=(),
     )

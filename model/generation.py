@@ -88,13 +88,73 @@ def generate(
         ValueError: on an empty prompt, a token outside the vocabulary, a context too long for
             the model, drafts without an MTP block, or logits that are NaN or infinite.
     """
-    run = _Run(model, _as_lists(prompts), max_new_tokens, drafts, sampling or Sampling(), chunk)
-    stop = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
-    with torch.inference_mode():
-        for new in run.steps(stop):
-            if on_tokens is not None:
-                on_tokens(new)
-    return Generation(run.outputs, run.statistics())
+    lists = _as_lists(prompts)
+    _check(model, lists, max_new_tokens, drafts)
+    longest = max(map(len, lists))
+    generator = Generator(
+        model,
+        batch=len(lists),
+        context=longest + max_new_tokens,
+        drafts=drafts,
+        chunk=min(chunk, longest),
+    )
+    return generator(
+        lists,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids,
+        on_tokens=on_tokens,
+    )
+
+
+class Generator:
+    """Caches and recorded steps that serve one generation after another.
+
+    What `generate` sets up anew in every call: with many calls of the same kind, steps that were
+    recorded in one run again in the next. Do not move the model while it lives.
+    """
+
+    def __init__(
+        self, model: KExaone, *, batch: int, context: int, drafts: int = 0, chunk: int = 512
+    ) -> None:
+        """Room for `batch` prompts of `context` tokens each, the new ones included; it can grow.
+
+        Raises:
+            ValueError: `drafts` is out of range or the model has no MTP block for them, or batch
+                or chunk is not positive.
+        """
+        _check_drafts(model, drafts)
+        like = model.model.norm.weight.detach()
+        self.model, self.drafts = model, drafts
+        self.cache = Cache(model.config, batch, like=like, chunk=chunk, drafts=drafts)
+        self.cache.reserve(context)
+        self.stepper = Stepper(model, self.cache)
+
+    def __call__(
+        self,
+        prompts: Tensor | list[list[int]],
+        *,
+        max_new_tokens: int = 64,
+        sampling: Sampling | None = None,
+        stop_ids: tuple[int, ...] | None = None,
+        on_tokens: Callable[[list[list[int]]], None] | None = None,
+    ) -> Generation:
+        """Continue each of `batch` prompts; arguments and errors as for `generate`."""
+        lists, config = _as_lists(prompts), self.model.config
+        _check(self.model, lists, max_new_tokens, self.drafts)
+        if len(lists) != len(self.cache.lengths):
+            raise ValueError(
+                f"this generator takes {len(self.cache.lengths)} prompts, got {len(lists)}"
+            )
+        stop = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
+        with torch.inference_mode():
+            self.cache.clear()
+            self.cache.reserve(max(map(len, lists)) + max_new_tokens)
+            run = _Run(self, lists, max_new_tokens, sampling or Sampling())
+            for new in run.steps(stop):
+                if on_tokens is not None:
+                    on_tokens(new)
+        return Generation(run.outputs, run.statistics())
 
 
 def _as_lists(prompts: Tensor | list[list[int]]) -> list[list[int]]:
@@ -105,64 +165,54 @@ def _as_lists(prompts: Tensor | list[list[int]]) -> list[list[int]]:
     return [list(p) for p in prompts]
 
 
+def _check(model: KExaone, prompts: list[list[int]], max_new: int, drafts: int) -> None:
+    cfg = model.config
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    if max_new < 1:
+        raise ValueError(f"max_new_tokens must be >= 1, got {max_new}")
+    _check_drafts(model, drafts)
+    for prompt in prompts:
+        if not (min(prompt) >= 0 and max(prompt) < cfg.vocab_size):
+            wrong = next(t for t in prompt if not 0 <= t < cfg.vocab_size)
+            raise ValueError(f"token {wrong} is outside the vocabulary of {cfg.vocab_size}")
+    needed = max(map(len, prompts)) + max_new
+    if needed > cfg.max_position_embeddings:
+        raise ValueError(
+            f"prompt and new tokens need a context of {needed}, the model has "
+            f"{cfg.max_position_embeddings}"
+        )
+
+
+def _check_drafts(model: KExaone, drafts: int) -> None:
+    if not 0 <= drafts <= MAX_DRAFTS:
+        raise ValueError(f"drafts must lie in 0..{MAX_DRAFTS}, got {drafts}")
+    if drafts and model.mtp is None:
+        raise ValueError("drafts need an MTP block, and this model has none: use drafts=0")
+
+
 class _Run:
     """State of one generation. Row b of the batch is done once `active[b]` is false."""
 
     def __init__(
         self,
-        model: KExaone,
+        generator: Generator,
         prompts: list[list[int]],
         max_new_tokens: int,
-        drafts: int,
         sampling: Sampling,
-        chunk: int,
     ) -> None:
-        self._check(model, prompts, max_new_tokens, drafts)
-        self.model, self.prompts, self.sampling = model, prompts, sampling
-        self.max_new_tokens, self.drafts = max_new_tokens, drafts
-        weight = model.model.norm.weight
-        self.device = weight.device
-        longest = max(map(len, prompts))
-        self.cache = Cache(
-            model.config,
-            len(prompts),
-            like=weight.detach(),
-            chunk=min(chunk, longest),
-            drafts=drafts,
-        )
-        self.cache.reserve(longest + max_new_tokens)
-        self.stepper = Stepper(model, self.cache)
+        self.model, self.prompts, self.sampling = generator.model, prompts, sampling
+        self.max_new_tokens, self.drafts = max_new_tokens, generator.drafts
+        self.cache, self.stepper = generator.cache, generator.stepper
+        self.device = self.model.model.norm.weight.device
         self.generator = sampling.generator(self.device)
         self.outputs: list[list[int]] = [[] for _ in prompts]
         self.active = [True] * len(prompts)
-        self.seen = torch.zeros(
-            len(prompts), model.config.vocab_size, dtype=torch.bool, device=self.device
-        )
+        vocabulary = self.model.config.vocab_size
+        self.seen = torch.zeros(len(prompts), vocabulary, dtype=torch.bool, device=self.device)
         self.step_count = self.drafted = 0
-        self.accepted_at = [0] * drafts
+        self.accepted_at = [0] * self.drafts
         self.prefill_seconds = self.decode_seconds = 0.0
-
-    @staticmethod
-    def _check(model: KExaone, prompts: list[list[int]], max_new: int, drafts: int) -> None:
-        cfg = model.config
-        if not prompts or not all(prompts):
-            raise ValueError("every prompt needs at least one token")
-        if max_new < 1:
-            raise ValueError(f"max_new_tokens must be >= 1, got {max_new}")
-        if not 0 <= drafts <= MAX_DRAFTS:
-            raise ValueError(f"drafts must lie in 0..{MAX_DRAFTS}, got {drafts}")
-        if drafts and model.mtp is None:
-            raise ValueError("drafts need an MTP block, and this model has none: use drafts=0")
-        for prompt in prompts:
-            if not (min(prompt) >= 0 and max(prompt) < cfg.vocab_size):
-                wrong = next(t for t in prompt if not 0 <= t < cfg.vocab_size)
-                raise ValueError(f"token {wrong} is outside the vocabulary of {cfg.vocab_size}")
-        needed = max(map(len, prompts)) + max_new
-        if needed > cfg.max_position_embeddings:
-            raise ValueError(
-                f"prompt and new tokens need a context of {needed}, the model has "
-                f"{cfg.max_position_embeddings}"
-            )
 
     def statistics(self) -> Statistics:
         return Statistics(

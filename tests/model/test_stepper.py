@@ -13,6 +13,7 @@ from training_cases import TINY
 from kexaone import Config, KExaone
 from kexaone.model import stepper
 from kexaone.model.cache import Cache
+from kexaone.model.generation import Generator
 from kexaone.model.sampling import Sampling
 
 CONFIGS = {
@@ -72,21 +73,27 @@ def test_python_runs_no_more_once_recorded(impatient: None) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_far_beyond_the_window(dtype: torch.dtype, impatient: None) -> None:
     model = model_of(TINY, dtype)
-    caches = [Cache(TINY, 2, like=model.lm_head.weight, chunk=8, drafts=2) for _ in range(2)]
+    oracle = model_of(TINY, dtype).double()
+    runs = [model, model, oracle]
+    caches = [Cache(TINY, 2, like=m.lm_head.weight, chunk=8, drafts=2) for m in runs]
     for cache in caches:
         cache.reserve(64)
     steps = stepper.Stepper(model, caches[0])
+    errors, largest = [0.0, 0.0], 0.0
     torch.manual_seed(1)
     with torch.inference_mode():
         for lengths in ([3, 1], [1, 1], [1, 1], *[[2, 2], [1, 0], [0, 1], [1, 1]] * 5):
             ids = torch.randint(0, TINY.vocab_size, (sum(lengths),))
-            hidden = steps.features(ids, caches[0].packing(lengths))
-            expected = model.features(ids, caches[1].packing(lengths), cache=caches[1]).hidden_NH
-            scale = expected.float().abs().max()
-            error = (hidden.float() - expected.float()).abs().max()
-            # four layers of sums that are taken in another order
-            assert error <= 16 * torch.finfo(dtype).eps * scale
+            recorded = steps.features(ids, caches[0].packing(lengths))
+            plain, exact = (
+                m.features(ids, cache.packing(lengths), cache=cache).hidden_NH
+                for m, cache in zip(runs[1:], caches[1:], strict=True)
+            )
+            largest = max(largest, float(exact.abs().max()))
+            for i, found in enumerate((recorded, plain)):
+                errors[i] = max(errors[i], float((found.double() - exact).abs().max()))
             assert caches[0].lengths == caches[1].lengths
+    assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps * largest
     assert set(steps._steps) and all(steps._steps.values())
 
 
@@ -131,3 +138,33 @@ def test_models_that_cannot_be_recorded_run_as_they_are(impatient: None) -> None
     with patch.object(stepper, "MOST_TOKENS", 0):
         assert recorded.token_ids == model.generate([[1, 2, 3]], max_new_tokens=20,
                                                     stop_ids=()).token_ids  # fmt: skip
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_generator_serves_one_generation_after_another(drafts: int, impatient: None) -> None:
+    model = model_of(TINY)
+    generator = Generator(model, batch=2, context=40, drafts=drafts, chunk=4)
+    # the third needs more room than there is
+    for prompts, count in (
+        ([[1, 2, 3], [4]], 20),
+        ([[9, 8], [7, 6, 5, 4, 3]], 30),
+        ([[5], [6]], 60),
+    ):
+        found = generator(prompts, max_new_tokens=count, stop_ids=())
+        expected = model.generate(
+            prompts, max_new_tokens=count, drafts=drafts, chunk=4, stop_ids=()
+        )
+        assert found.token_ids == expected.token_ids
+        assert found.statistics.accepted_at == expected.statistics.accepted_at
+    with patch.object(model, "features", wraps=model.features) as features:
+        generator([[1, 2], [3, 4]], max_new_tokens=30, stop_ids=())
+    # the prompt is a step of two tokens each, seen before
+    assert features.call_count <= 1
+
+
+def test_a_generator_takes_its_number_of_prompts() -> None:
+    generator = Generator(model_of(TINY), batch=2, context=8)
+    with pytest.raises(ValueError, match="takes 2 prompts, got 1"):
+        generator([[1]])
+    with pytest.raises(ValueError, match="drafts must lie in"):
+        Generator(model_of(TINY), batch=2, context=8, drafts=5)
