@@ -144,6 +144,9 @@ AFTER = {
        pattern=st.sampled_from(["llama", "other", "library", "swiglu", "residual"]),
        dtype=dtypes, layout=layouts, training=st.booleans(), seed=seeds)  # fmt: skip
 def test_whatever_stands_around_a_pattern(before, after, pattern, dtype, layout, training, seed):
+    # results laid out like a transposed input have no flat view, in eager PyTorch either
+    assume((before, after) != ("a transposed copy", "a view"))
+
     def function(x, other, weight):
         start = BEFORE[before](x)
         if pattern == "swiglu":
