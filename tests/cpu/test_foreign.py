@@ -80,7 +80,8 @@ def sparsemax(x):
     k = torch.arange(1, x.shape[-1] + 1)
     total = z.cumsum(-1)
     support = (1 + k * z > total).sum(-1, keepdim=True)
-    return (x - (total.gather(-1, support - 1) - 1) / support).clamp(min=0)
+    # at the threshold itself, where 16-bit inputs can be, the gradient is that of the zeros
+    return F.relu(x - (total.gather(-1, support - 1) - 1) / support)
 
 
 def divergence(x, y):
