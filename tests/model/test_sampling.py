@@ -65,7 +65,8 @@ def test_filters_agree_with_transformers(logits, temperature, k, p):
     assume(margin > 1e-5)
     scores = torch.tensor([logits])
     scaled = scores / temperature
-    assume(len(set(scaled[0].tolist())) == len(logits))  # among equals transformers keeps all
+    # among equals transformers keeps all, or another than the first
+    assume(len(set(scaled.softmax(-1)[0].tolist())) == len(logits))
     for warper in (
         TemperatureLogitsWarper(temperature),
         TopKLogitsWarper(min(k, len(logits))),
@@ -74,7 +75,10 @@ def test_filters_agree_with_transformers(logits, temperature, k, p):
         scores = warper(None, scores)
     sampling = Sampling(temperature=temperature, top_k=k, top_p=p)
     found = sampling.probabilities(torch.tensor([logits]))
-    assert (found - scores.softmax(-1)).abs().max() <= 2**-20
+    # its quotients, from which no peak was taken, are rounded at their own size; a softmax passes
+    # on half of the largest error
+    rounding = torch.finfo(torch.float32).eps / 2 * scaled.abs().max() / 2
+    assert (found - scores.softmax(-1)).abs().max() <= 2**-20 + rounding
 
 
 @pytest.mark.parametrize("size", [4, 33, 1000, 20_000])
