@@ -129,11 +129,15 @@ class Cache:
 
     def clear(self) -> None:
         """Forget all tokens; the memory stays."""
+        counts = (self.lengths, self.mtp_lengths, *self._longest.values())
+        if not any(map(any, counts)):
+            # nothing was written, and to touch fresh memory is to take it
+            return
         for layer in (*self.layers, *self.mtp_layers):
             layer.keys.zero_()
             layer.values.zero_()
-        for counts in (self.lengths, self.mtp_lengths, *self._longest.values()):
-            counts[:] = [0] * len(counts)
+        for held in counts:
+            held[:] = [0] * len(held)
 
     def packing(self, lengths: list[int], *, mtp: bool = False) -> Packing:
         """The packing of `lengths` new tokens after what the cache holds. Raises ValueError."""

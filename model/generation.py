@@ -98,13 +98,7 @@ def generate(
         drafts=drafts,
         chunk=min(chunk, longest),
     )
-    return generator(
-        lists,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop_ids=stop_ids,
-        on_tokens=on_tokens,
-    )
+    return generator._continue(lists, max_new_tokens, sampling or Sampling(), stop_ids, on_tokens)
 
 
 class Generator:
@@ -140,17 +134,27 @@ class Generator:
         on_tokens: Callable[[list[list[int]]], None] | None = None,
     ) -> Generation:
         """Continue each of `batch` prompts; arguments and errors as for `generate`."""
-        lists, config = _as_lists(prompts), self.model.config
+        lists = _as_lists(prompts)
         _check(self.model, lists, max_new_tokens, self.drafts)
         if len(lists) != len(self.cache.lengths):
             raise ValueError(
                 f"this generator takes {len(self.cache.lengths)} prompts, got {len(lists)}"
             )
-        stop = frozenset(config.eos_token_ids if stop_ids is None else stop_ids)
+        return self._continue(lists, max_new_tokens, sampling or Sampling(), stop_ids, on_tokens)
+
+    def _continue(
+        self,
+        prompts: list[list[int]],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop_ids: tuple[int, ...] | None,
+        on_tokens: Callable[[list[list[int]]], None] | None,
+    ) -> Generation:
+        stop = frozenset(self.model.config.eos_token_ids if stop_ids is None else stop_ids)
         with torch.inference_mode():
             self.cache.clear()
-            self.cache.reserve(max(map(len, lists)) + max_new_tokens)
-            run = _Run(self, lists, max_new_tokens, sampling or Sampling())
+            self.cache.reserve(max(map(len, prompts)) + max_new_tokens)
+            run = _Run(self, prompts, max_new_tokens, sampling)
             for new in run.steps(stop):
                 if on_tokens is not None:
                     on_tokens(new)
