@@ -25,7 +25,7 @@ __version__ = "0.1.0"
 
 # `cpu` has no __init__.py (it would shadow a foreign package of that name in a checkout on the
 # path), so its public names are resolved from here.
-_CPU_HOMES = {"active": ".activation", "checked": ".activation", "record": ".graph"}
+_CPU_HOMES = {"active": ".activation", "checked": ".activation", "record": ".recording"}
 _HOMES = {
     "Config": ".model.config",
     "KExaone": ".model.transformer",

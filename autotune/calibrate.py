@@ -8,7 +8,6 @@ is a description of its own in the user's cache directory, used in place of the 
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,12 +17,13 @@ from typing import Any
 
 import torch
 
+from ..files import write_json
 from ..kernels.lang import tl, triton
 from ..kernels.launch import on
 from ..kernels.table_files import cache_directory
 from .compete import seconds_of
 from .model import Machine, machines, to_json
-from .store import locked, replace_file
+from .store import locked
 
 _MIB = 1 << 20
 _SIDE = 1024
@@ -141,6 +141,6 @@ def calibrate(name: str, device: torch.device, *, seconds: float = 0.5) -> tuple
     machine = fitted(known[name], measure(device, known[name], seconds=seconds))
     path = cache_directory() / "machines" / f"{name}.json"
     with locked(path):
-        replace_file(path, json.dumps(to_json(machine), indent=2) + "\n")
+        write_json(path, to_json(machine))
     machines.cache_clear()
     return machine, path

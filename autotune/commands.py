@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_format
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from ..files import check_writable, write_json
 from ..kernels.arch import ARCHS, Arch
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def audit(
     from .user_kernel import user_launch, user_subject
 
     archs = [_arch(name) for name in target or ARCHS]
-    if json is not None and (json.is_dir() or not json.resolve().parent.is_dir()):
-        raise ValueError(f"cannot write {json}")
+    check_writable(json)
     if workers < 0 or useful_bytes < 0:
         raise ValueError("--workers and --useful-bytes must not be negative")
     if kernel is not None:
@@ -77,25 +76,10 @@ def audit(
         )
     show(reports, archs)
     failures = sum(bool(report.problems) for report in reports)
-    if json is not None:
-        value = {
-            "triton": triton.__version__,
-            "failures": failures,
-            "reports": [report.to_json() for report in reports],
-        }
-        _write(json, json_format.dumps(value, indent=2) + "\n")
+    found_json = [report.to_json() for report in reports]
+    write_json(json, {"triton": triton.__version__, "failures": failures, "reports": found_json})
     if failures:
         raise typer.Exit(1)
-
-
-def _write(path: Path, text: str) -> None:
-    """Replaces a file at once, so that nobody reads half of one; a pipe is written to."""
-    from .store import replace_file
-
-    if path.exists() and not path.is_file():
-        path.write_text(text)
-    else:
-        replace_file(path.resolve(), text)
 
 
 def _cases(names: list[str]) -> list[Case]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
+from ..files import write_json
 from ..kernels.arch import ARCHS
 from ..kernels.table_files import plain
 from .cases import CASES
@@ -50,9 +50,8 @@ def tune(
                 terminal.print(trouble, soft_wrap=True)
             bar.advance(task)
     Console(markup=False, highlight=False, width=_WIDTH).print(_table(choices))
-    if json is not None:
-        value = {"target": target, "choices": [dataclasses.asdict(c) for c in choices]}
-        json.write_text(json_format.dumps(value, indent=2, default=plain) + "\n")
+    value = {"target": target, "choices": [dataclasses.asdict(c) for c in choices]}
+    write_json(json, value, default=plain)
     return choices
 
 

@@ -7,9 +7,6 @@ never overwritten.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,11 +15,11 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..files import atomic_write
 from ..kernels import tables
 from ..kernels.table_files import Entry, Foreign, read, remember, render, user_file, within
 
 LOCK_SECONDS = 60.0
-_TEMPORARY = ".unfinished"
 
 
 def merge(old: Iterable[Entry], new: Iterable[Entry]) -> list[Entry]:
@@ -83,7 +80,7 @@ def save(arch: str, found: list[Entry], path: Path | None = None) -> str:
     goal = path or user_file(arch)
     try:
         with locked(goal):
-            replace_file(goal, render(arch, merge(_present(goal), found)))
+            atomic_write(goal, render(arch, merge(_present(goal), found)))
     except Timeout:
         return f"{goal} was not written: another process has held its lock for {LOCK_SECONDS:.0f} s"
     except OSError as error:
@@ -112,22 +109,3 @@ def _present(path: Path) -> list[Entry]:
         path.rename(aside)
         warnings.warn(f"the tuning table {path} {error}; it is now {aside.name}", stacklevel=2)
         return []
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Replaces a file at once; its lock is held."""
-    for left in path.parent.glob(f"{path.name}.*{_TEMPORARY}"):
-        # a process that was killed while it held the lock
-        left.unlink(missing_ok=True)
-    descriptor, name = tempfile.mkstemp(_TEMPORARY, f"{path.name}.", path.parent)
-    try:
-        with open(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json as json_format
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
+
+from ..files import check_writable, write_json
 
 if TYPE_CHECKING:
     from .tasks import Maker, Setting
@@ -55,8 +56,7 @@ def tune(
     if static != (target is not None):
         raise ValueError("--target and --static go together")
     seconds = parse_seconds(budget)
-    if json is not None and (json.is_dir() or not json.resolve().parent.is_dir()):
-        raise ValueError(f"cannot write {json}")
+    check_writable(json)
     if target is not None:
         from . import static_commands
 
@@ -71,8 +71,7 @@ def tune(
         # a row is kept whole where the terminal is narrower
         Console(markup=False, highlight=False, width=_WIDTH).print(table_of(outcomes))
         value = {"outcomes": [to_json(outcome) for outcome in outcomes]}
-    if json is not None:
-        json.write_text(json_format.dumps(value, indent=2) + "\n")
+    write_json(json, value)
 
 
 def _makers(

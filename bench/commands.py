@@ -12,8 +12,9 @@ import triton
 import typer
 from rich.table import Table
 
+from ..files import check_writable, write_json
 from ..model.config import Config
-from ..model.console import check_writable, console, progress, write_json
+from ..model.console import console, progress
 from .measure import matmul_rate
 from .predictions import show_predictions
 from .registry import JOBS

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_json
 from ..graph.backend import optimize
 from ..model.config import PRESETS, Config
 
@@ -146,8 +146,7 @@ def main() -> None:
             print(f"{row.workload:9} {row.side:9} {row.milliseconds:10.1f} ms  {row.ratio:5.2f} x "
                   f"eager  difference {row.difference:.2g}  first call {row.first_seconds:.1f} s",
                   flush=True)  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_json(options.json, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

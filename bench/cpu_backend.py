@@ -9,7 +9,6 @@ the machine meets both. A ratio above 1 means that the backend is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 import triton
 
 from ..cpu.activation import active
+from ..files import write_json
 from . import cpu_kernels as kernels
 
 Work = Callable[[], Any]
@@ -215,8 +215,7 @@ def main() -> None:
         print(f"{row.name:32} {row.ours_ms:9.2f} ms  {row.peer:14} {row.peer_ms:9.2f} ms  "
               f"ratio {row.ratio:7.2f} (goal {row.goal:g})  difference {row.error:.2g}",
               flush=True)  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_json(options.json, [asdict(row) for row in rows])
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ class Graph:
         return self.output
 
     def _on_cpu(self, function: Callable[[], Any]) -> None:
-        from ..cpu.graph import record
+        from ..cpu.recording import record
 
         with record() as recording, _OnlyLaunches():
             self.output = function()

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..files import atomic_directory
 from . import checkpoint_names as names
-from .atomic import atomic_directory
 from .checkpoint_files import DTYPES, FP8, INDEX, SINGLE, CheckpointError, Entry, entries_of
 from .checkpoint_reader import Source, WeightReader
 from .config import Config, ConfigError

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from ..files import check_writable, write_json
 from . import console as ui
 from .cache import cache_bytes
 from .config import PRESETS, Config
@@ -33,7 +34,7 @@ def info(
     config = Config.preset(model) if model in PRESETS else _config_of(model)
     if context < 1:
         raise ValueError(f"context must be >= 1, got {context}")
-    ui.check_writable(json)
+    check_writable(json)
     counts = config.parameter_counts()
     sizes = cache_bytes(config, context, chunk=512, drafts=0, itemsize=2)
     windowed = sum(w > 0 for w in config.windows)
@@ -58,7 +59,7 @@ def info(
     for name, size in sizes.items():
         table.add_row(f"cache bytes at {context:,} tokens, 16-bit: {name}", f"{size:,}")
     ui.console().print(table)
-    ui.write_json(
+    write_json(
         json,
         {
             "model": model,
@@ -99,7 +100,7 @@ def generate(
     if (prompt is None) == (prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
     text = prompt if prompt is not None else _read_text(prompt_file)
-    ui.check_writable(json)
+    check_writable(json)
     sampling = Sampling(
         temperature=temperature,
         top_k=top_k,
@@ -124,7 +125,7 @@ def generate(
         f"draft acceptance {stats.acceptance:.0%}]",
         file=sys.stderr,
     )
-    ui.write_json(
+    write_json(
         json,
         {
             "prompt_ids": ids,
@@ -200,7 +201,7 @@ def train(
 
     if preset and model:
         raise ValueError("give either --preset or --model")
-    ui.check_writable(json)
+    check_writable(json)
     options = Options(
         out=out,
         preset=preset or "mini",
@@ -218,7 +219,7 @@ def train(
             "seed": seed,
         },
     )
-    ui.write_json(json, run_training(options, ui.console()))
+    write_json(json, run_training(options, ui.console()))
 
 
 def demo(
@@ -235,8 +236,8 @@ def demo(
     """Train the mini model on real text, then generate with and without MTP drafts."""
     from .demo import DemoOptions, run_demo
 
-    ui.check_writable(json)
+    check_writable(json)
     options = DemoOptions(
         out=out, data=tuple(data or ()), minutes=minutes, drafts=drafts, tokens=tokens, seed=seed
     )
-    ui.write_json(json, run_demo(options, ui.console()))
+    write_json(json, run_demo(options, ui.console()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 import statistics
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from . import console as ui
+from ..files import atomic_write, check_folder
 from .config import Config, ConfigError
 from .data import Windows, bigram_entropy
 from .generation import MAX_DRAFTS, Generation, Generator
@@ -51,7 +52,7 @@ def run_demo(options: DemoOptions, terminal: Console) -> dict[str, Any]:
     """Everything the demo prints, returned for `--json`."""
     config = Config.preset("mini")
     picture = options.out / "loss.png"
-    ui.check_folder(options.out)
+    check_folder(options.out)
     if picture.is_dir():
         raise ConfigError(f"cannot write {picture}: it is a folder")
     corpus = read_data(options.data, config, None)
@@ -197,9 +198,6 @@ def draw_losses(
         axes.plot(steps[-1:], [validation], "o", label=f"validation {validation:.3f}")
     axes.set(xlabel="step", ylabel="nats per byte", title="kexaone demo: mini")
     axes.legend()
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        figure.savefig(temporary, format="png", dpi=120)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    atomic_write(path, picture.getvalue())

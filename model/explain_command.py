@@ -11,9 +11,10 @@ import torch
 import typer
 from rich.table import Table
 
+from ..files import check_writable, write_json
 from ..graph.explain import Explanation, explain, picture
 from .config import PRESETS, Config
-from .console import check_writable, console, write_json
+from .console import console
 
 MEGA = 1e6
 

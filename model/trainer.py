@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .atomic import atomic_directory
+from ..files import atomic_directory
 from .data import DataError, Windows
 from .losses import next_token_loss, training_loss, update_router_bias
 from .optimizer import MuonAdamW, clip_gradients

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from tokenizers import Tokenizer
 
+from ..files import atomic_write, check_folder
 from . import console as ui
-from .atomic import atomic_write
 from .config import Config
 from .data import DataError, Windows, encode_bytes, read_corpus, stdlib_source, tokenize
 from .tokenizer import FILE, byte_tokenizer, load_tokenizer
@@ -84,7 +84,7 @@ def read_data(paths: tuple[Path, ...], config: Config, tokenizer_folder: Path | 
 def run_training(options: Options, terminal: Console) -> dict[str, Any]:
     """Train as asked, show progress, save; returns the measurements for `--json`."""
     settings = TrainSettings(**options.settings)
-    ui.check_folder(options.out)
+    check_folder(options.out)
     config = Config.from_hf(options.model) if options.model else Config.preset(options.preset)
     if settings.sequence_length > config.max_position_embeddings:
         raise DataError(

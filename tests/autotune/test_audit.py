@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 
-from kexaone.__main__ import main
 from kexaone.autotune.audit import audit, subjects
 from kexaone.autotune.cases import CASES
 from kexaone.kernels.arch import ARCHS
 from kexaone.kernels.rmsnorm import Config
 from kexaone.kernels.tables import use
+
+from .command_line import run_command
 
 OPS = sorted({case.op for case in CASES})
 MODULE = "kernels_to_audit"
@@ -49,12 +49,7 @@ def test_every_default_is_fit_to_ship(target, op):
 
 
 def run(monkeypatch, capsys, *arguments):
-    """Exit code, output and error output of `kexaone audit ...`."""
-    monkeypatch.setattr(sys, "argv", ["kexaone", "audit", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return ended.value.code or 0, out, err
+    return run_command(monkeypatch, capsys, "audit", *arguments)
 
 
 def test_amd_default_and_json(monkeypatch, capsys, tmp_path):

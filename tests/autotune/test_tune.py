@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kexaone
-from kexaone.__main__ import main
 from kexaone.autotune import session
 from kexaone.autotune.accuracy import Oracle, outputs
 from kexaone.autotune.compete import clock_of, compete, interval, seconds_of
@@ -26,6 +25,8 @@ from kexaone.kernels import table_files, tables
 from kexaone.kernels.dispatch import choose, explain
 from kexaone.kernels.table_files import user_file
 from kexaone.model.config import Config
+
+from .command_line import run_command
 
 CPU = torch.device("cpu")
 
@@ -247,11 +248,7 @@ def test_the_implementation_is_chosen_like_any_other_configuration():
 
 
 def command(monkeypatch, capsys, *arguments):
-    monkeypatch.setattr(sys, "argv", ["kexaone", "tune", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    out, err = capsys.readouterr()
-    return ended.value.code or 0, out, err
+    return run_command(monkeypatch, capsys, "tune", *arguments)
 
 
 def test_the_command(monkeypatch, capsys, tmp_path):

@@ -271,7 +271,7 @@ def test_killed_while_writing(cache):
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert user_file("cpu").read_bytes() == before
-    left = list(user_file("cpu").parent.glob("*.unfinished"))
+    left = list(user_file("cpu").parent.glob(".*.tmp-*"))
     assert len(left) == 1
     # the lock died with the process, and the next one cleans up
     begin = time.monotonic()
@@ -291,7 +291,7 @@ def test_a_full_disk(cache):
     out, errors = child(cache, code).communicate(timeout=100)
     assert "was not written: File too large" in out and len(out.splitlines()) == 1, errors
     assert user_file("cpu").read_bytes() == before
-    assert not list(user_file("cpu").parent.glob("*.unfinished"))
+    assert not list(user_file("cpu").parent.glob(".*.tmp-*"))
 
 
 def test_shipped_tables_are_tables():

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import settings
 
-from ..kernels.conftest import poisoned_memory  # noqa: F401  (a fixture)
+from ..kernels.conftest import poisoned_memory, register_profile  # noqa: F401  (a fixture)
 
-settings.register_profile(
-    "graph",
-    max_examples=25,
-    deadline=None,
-    print_blob=True,
-    derandomize="CI" in os.environ,
-    database=None if "CI" in os.environ else settings().database,
-)
+register_profile("graph", 25)
 
 
 @pytest.fixture(autouse=True)

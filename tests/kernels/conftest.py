@@ -13,15 +13,20 @@ from kexaone.kernels import launch
 # bytes f5 7f: a NaN in bf16, fp16 and fp32 that checked mode takes for memory nothing wrote
 _UNWRITTEN = 0x7FF5
 
-# continuous integration draws the same cases every time: a change, not luck, turns it red
-settings.register_profile(
-    "kernels",
-    max_examples=20,
-    deadline=None,
-    print_blob=True,
-    derandomize="CI" in os.environ,
-    database=None if "CI" in os.environ else settings().database,
-)
+
+def register_profile(name, examples):
+    # continuous integration draws the same cases every time: a change, not luck, turns it red
+    settings.register_profile(
+        name,
+        max_examples=examples,
+        deadline=None,
+        print_blob=True,
+        derandomize="CI" in os.environ,
+        database=None if "CI" in os.environ else settings().database,
+    )
+
+
+register_profile("kernels", 20)
 settings.load_profile("kernels")
 
 

@@ -1,16 +1,22 @@
-"""Replacing files and folders so that a crash leaves either the old or the new one, never a mix."""
+"""Replacing files and folders so that a crash leaves either the old or the new one, never a mix.
+
+Every part may import this module; it imports none of them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import glob
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -39,7 +45,7 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
         raise NotADirectoryError(f"{target} is a file, not a folder")
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(target)
-    with _new_folder(target) as new:
+    with _temporary(target, Path.mkdir) as new:
         try:
             yield new
             _sync_tree(new)
@@ -55,24 +61,83 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Replace the file `path` by `data` (a string is written as UTF-8). Raises OSError."""
-    path = Path(path).resolve()
-    new = _sibling(path, "tmp")
+    """Replace the file `path` by `data` (a string is written as UTF-8); a pipe is written to.
+
+    Raises OSError, which names the path.
+    """
+    path = Path(path)
+    content = data.encode() if isinstance(data, str) else data
+    if _is_pipe(path):
+        path.write_bytes(content)
+        return
+    path = path.resolve()
+    _remove_abandoned(path)
     try:
-        with open(new, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+        with _temporary(path, Path.touch) as new:
+            _write_over(path, new, content)
+    except OSError as error:
+        if error.filename is None and error.errno:
+            # a write that the system refuses does not say where it went
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    _sync(path.parent)
+
+
+def _write_over(path: Path, new: Path, content: bytes) -> None:
+    try:
+        with open(new, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, new)
         os.replace(new, path)
-    except BaseException as error:
+    except BaseException:
         new.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None and error.errno:
-            # a write that the system refuses does not say where it went
-            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
-    _sync(path.parent)
+
+
+def write_json(
+    path: Path | None, value: Any, *, default: Callable[[Any], Any] | None = None
+) -> None:
+    """Write measurements where `--json` asked for them; `default` as for `json.dumps`."""
+    if path is not None:
+        atomic_write(path, json.dumps(value, indent=2, default=default) + "\n")
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Fail before a long run, not after it. Raises OSError or ValueError."""
+    for path in paths:
+        if path is None or _is_pipe(path):
+            continue
+        parent = path.resolve().parent
+        if not parent.is_dir():
+            raise ValueError(f"cannot write {path}: no such folder {parent}")
+        if path.is_dir():
+            raise ValueError(f"cannot write {path}: it is a folder")
+        _try_to_write(parent, f"cannot write {path}")
+
+
+def check_folder(path: Path) -> None:
+    """Fail before a long run if results could not be saved in `path`. Raises ValueError."""
+    nearest = next(p for p in (path.resolve(), *path.resolve().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"cannot save in {path}: {nearest} is a file")
+    _try_to_write(nearest, f"cannot save in {path}")
+
+
+def _is_pipe(path: Path) -> bool:
+    """Whether it is there, and nothing that could be replaced."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _try_to_write(folder: Path, refusal: str) -> None:
+    # permissions alone do not tell: the file system may be read-only, or none that holds files
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"{refusal}: {error.strerror} in {folder}") from None
 
 
 def _sibling(path: Path, kind: str) -> Path:
@@ -80,13 +145,13 @@ def _sibling(path: Path, kind: str) -> Path:
 
 
 @contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside `target`, locked while its writer lives."""
+def _temporary(target: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """What `make` makes beside `target`, locked while its writer lives."""
     while True:
         new = _sibling(target, "tmp")
-        new.mkdir()
+        make(new)
+        # another process may take it for abandoned before it is locked
         with _locked(new) as held:
-            # another process may have taken it for abandoned before it was locked
             if held is not False and new.exists():
                 yield new
                 return
@@ -94,12 +159,16 @@ def _new_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool | None]:
-    """Hold the lock of a folder; a process that ends lets go of it.
+    """Hold the lock of a file or folder; a process that ends lets go of it.
 
-    Yields False if another process holds it, None where the system has no locks.
+    Yields False if another process holds or has removed it, None where the system has no locks.
     """
     held = None
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
     try:
         if fcntl is not None:
             try:
@@ -117,8 +186,10 @@ def _locked(path: Path) -> Iterator[bool | None]:
 def _remove_abandoned(target: Path) -> None:
     for left in target.parent.glob(f".{glob.escape(target.name)}.tmp-*"):
         with contextlib.suppress(OSError), _locked(left) as held:
-            if held:
+            if held and left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
+            elif held:
+                left.unlink()
 
 
 def _sync(path: Path) -> None:
