@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from ..files import check_writable, write_json
+from ..model.allocator import keep_freed_memory
 from ..model.config import Config
 from ..model.console import console, progress
 from .measure import matmul_rate
@@ -66,7 +67,7 @@ def bench(
     cfg = Config.preset(SHAPES[shapes])
     rate = matmul_rate(torch.bfloat16, torch.device("cpu"))
     rows: list[Row] = []
-    with progress(terminal) as bar:
+    with keep_freed_memory(), progress(terminal) as bar:
         task = bar.add_task("bench", total=len(names), note="")
         for name in names:
             bar.update(task, note=name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,17 +29,20 @@ class Timing:
 
 
 def alternate(runs: Mapping[str, Run], *, seconds: float, rounds: int = 7) -> dict[str, Timing]:
-    """Time several ways to do one thing, one after the other in every round.
+    """Time several ways to do one thing, all of them in every round.
 
-    Whatever else the machine does then meets all of them. Runs until `seconds` have passed, but at
-    least `rounds` rounds; the first one, which compiles, does not count.
+    Whatever else the machine does then meets all of them. The order is drawn anew each round: what
+    ran before leaves its caches behind. Runs until `seconds` have passed, but at least `rounds`
+    rounds; the first one, which compiles, does not count.
     """
     spent: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
+    order, draw = list(runs.items()), random.Random(0)
     begin = time.perf_counter()
     while len(next(iter(spent.values()))) < rounds or time.perf_counter() - begin < seconds:
-        for name, run in runs.items():
+        draw.shuffle(order)
+        for name, run in order:
             spent[name].append(_once(run))
     return {name: Timing.of(times) for name, times in spent.items()}
 

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from ..files import atomic_write, check_folder
 from . import console as ui
+from .allocator import keep_freed_memory
 from .config import Config
 from .data import DataError, Windows, encode_bytes, read_corpus, stdlib_source, tokenize
 from .tokenizer import FILE, byte_tokenizer, load_tokenizer
@@ -149,7 +150,7 @@ def train_with_progress(
     `after_step` may change the number of steps in the trainer's settings.
     """
     reports: list[StepReport] = []
-    with ui.progress(terminal) as bar:
+    with keep_freed_memory(), ui.progress(terminal) as bar:
         done, total = trainer.steps_done, trainer.settings.steps
         task = bar.add_task("training", total=total, completed=done, note="")
 
