@@ -7,7 +7,6 @@ import functools
 import importlib.machinery
 import importlib.util
 import sysconfig
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from . import store
-from .target import build, build_key
+from .target import build, build_key, temporary_folder
 
 # cache key and file name of the kernel that Triton loads next in this thread
 _next = threading.local()
@@ -32,10 +31,10 @@ def load(name: str, binary: bytes) -> tuple[ctypes.CDLL, int]:
     """
     if not store.is_whole(binary):
         binary = _rebuild(name, binary)
-    with tempfile.NamedTemporaryFile(prefix="kexaone-cpu-", suffix=".so") as file:
-        file.write(binary)
-        file.flush()
-        library = ctypes.CDLL(file.name)
+    with temporary_folder() as folder:
+        file = Path(folder, "kernel.so")
+        file.write_bytes(binary)
+        library = ctypes.CDLL(str(file))
     address = ctypes.cast(getattr(library, "kx_entry"), ctypes.c_void_p).value  # noqa: B009
     assert address is not None
     return library, address

@@ -6,6 +6,8 @@ names the compiler; both are part of every cache key.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import hashlib
 import os
@@ -14,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,8 +42,8 @@ class Isa:
 def choose_isa(machine: str, features: frozenset[str], limit: str = "") -> Isa:
     """The widest instruction set that the features allow, no wider than `limit`."""
     if machine in ("aarch64", "arm64"):
-        extra = "+".join(["", *(f for f in ("bf16", "i8mm") if f in features)])
-        return Isa("neon", 16, (f"-march=armv8.2-a+fp16{extra.rstrip('+')}",))
+        # not bf16: bfdot rounds otherwise than every other machine here
+        return Isa("neon", 16, ("-march=armv8-a" + "+lse" * ("atomics" in features),))
     common = tuple(f"-m{f}" for f in ("fma", "f16c", "bmi2") if f in features)
     if limit in ("", "avx512") and features.issuperset(_AVX512):
         optional = tuple(
@@ -108,18 +111,24 @@ def _compiler(asked: str) -> Compiler:
     return Compiler(command, said[0] if said else "")
 
 
-def _run(command: tuple[str, ...]) -> str:
+def _run(command: tuple[str, ...], **variables: str) -> str:
     """What a run of the compiler prints.
 
     Raises:
         RuntimeError: it fails; its own words are in the message.
+        OSError: it fails for want of room.
     """
+    # its words are looked at below
+    environment = {**os.environ, "LC_ALL": "C", **variables}
     try:
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     except OSError as error:
         raise RuntimeError(f"the C++ compiler {command[0]} does not run: {error}") from None
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
+        for full in (errno.ENOSPC, errno.EDQUOT):
+            if any(os.strerror(full) in line for line in said):
+                raise OSError(full, os.strerror(full))
         errors = [line for line in said if "error" in line]
         reason = (errors or said[-1:] or [f"exit status {done.returncode}"])[0]
         raise RuntimeError(f"the C++ compiler {command[0]} failed: {reason}")
@@ -166,19 +175,36 @@ def build(source: str, *extra: str, language: str = "c++") -> bytes:
     """
     isa, compiler = host_isa(), host_compiler()
     runtime = Path(__file__).parent / "runtime"
-    with tempfile.TemporaryDirectory(prefix="kexaone-cpu-") as folder:
-        suffix = ".c" if language == "c" else ".cpp"
-        file, output = Path(folder, "kernel" + suffix), Path(folder, "kernel.so")
+    with temporary_folder() as folder:
+        file, output = (
+            Path(folder, "kernel.c" + "pp" * (language != "c")),
+            Path(folder, "kernel.so"),
+        )
+        file.write_text(source)
         try:
-            file.write_text(source)
             _run((*compiler.command, *_FLAGS, *isa.flags,
                   f"-DKX_VECTOR_BYTES={isa.vector_bytes}", f"-I{runtime}", *extra, str(file),
-                  "-o", str(output)))  # fmt: skip
-            return output.read_bytes()
-        except OSError as error:
-            reason = f"{tempfile.gettempdir()} cannot be used: {error.strerror}"
-            raise RuntimeError(f"the folder for temporary files {reason}") from None
+                  "-o", str(output)), TMPDIR=folder)  # fmt: skip
         except RuntimeError:
             if wanted := os.environ.get("KEXAONE_CPU_KEEP"):
                 Path(wanted).write_text(source)
             raise
+        return output.read_bytes()
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[str]:
+    """A folder that is gone afterwards.
+
+    Raises:
+        RuntimeError: what is done in it runs into a full disk or the like; the folder that it lies
+            in is named.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="kexaone-cpu-") as folder:
+            yield folder
+    except OSError as error:
+        if error.errno is None:  # the loader of shared objects has words of its own
+            raise
+        named = f"the folder for temporary files {tempfile.gettempdir()}"
+        raise RuntimeError(f"{named} cannot be used: {error.strerror}") from None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -134,6 +136,55 @@ def test_a_full_disk(work):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n" + KERNEL
     )
     assert f"folder {work.cache} cannot be used: File too large" in work.fails()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """An empty file system of a number of KiB, which can be made another size."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> bool:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    if os.geteuid() or not shutil.which("mount") or not mount("size=4k"):
+        pytest.skip("file systems are mounted by root only")
+
+    def resize(size: int) -> Path:
+        assert mount(f"remount,size={size}k")
+        return folder
+
+    yield resize
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_folder_for_temporary_files(work, small_disk):
+    """Full when the compiler writes its own files, the linker, and the build of the launcher; then,
+    with a warm cache, at loading."""
+    asked = {"TMPDIR": str(small_disk(4)), "TRITON_CACHE_DIR": str(work.cache)}
+    refused = f"RuntimeError: the folder for temporary files {asked['TMPDIR']} cannot be used: "
+    for size in (4, 16, 48):
+        assert work.fails(**asked) == f"{refused}No space left on device", size
+        assert not list(small_disk(size + 8).iterdir())
+        assert all(is_whole(file.read_bytes()) for file in work.built())
+        assert not list(work.cache.rglob("tmp*"))
+    small_disk(1024)
+    work.runs(**asked)
+    small_disk(8)
+    assert work.fails(**asked) == f"{refused}No space left on device"
+    assert not list(small_disk(1024).iterdir())
+    work.runs(**asked)
+
+
+def test_a_full_cache_folder(work, small_disk):
+    work.cache = small_disk(64)
+    message = work.fails()
+    assert f"cache folder {work.cache} cannot be used: No space left on device" in message
+    assert not [file for file in work.cache.rglob("*") if file.is_file()]
+    small_disk(1024)
+    work.runs()
+    assert work.built() and not list(work.cache.rglob("tmp*"))
 
 
 def test_a_compiler_that_does_not_exist(work):

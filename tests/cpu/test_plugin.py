@@ -200,7 +200,8 @@ def test_the_key_covers_sources_compiler_and_instruction_set(monkeypatch):
         ("x86_64", {"avx2", "fma", "f16c"}, "avx2", 32),
         ("x86_64", {"avx2"}, "baseline", 16),
         ("x86_64", set(), "baseline", 16),
-        ("aarch64", {"asimd", "bf16"}, "neon", 16),
+        ("aarch64", {"asimd"}, "neon", 16),
+        ("aarch64", {"asimd", "atomics", "bf16"}, "neon", 16),
     ],
 )
 def test_instruction_sets(machine, features, name, size):
