@@ -108,7 +108,8 @@ def _flatten(ty: Any, value: Any) -> Iterator[tuple[str, Any]]:
         sizes = [*value.shape, *value.strides]
         yield from (("i", size) for size in sizes)
         yield "i", getattr(value, "padding", "zero") == "nan"
-        yield "i", getattr(value, "round_f32_to_tf32", False)
+        if hasattr(value, "round_f32_to_tf32"):  # from Triton 3.7
+            yield "i", value.round_f32_to_tf32
         yield from (("i", size) for size in sizes)
     else:
         yield _kind(ty), value
@@ -129,6 +130,8 @@ def make_launcher(source: Any, metadata: Any) -> Callable[..., None]:
         flat = [p for t, v in zip(signature, arguments[9:], strict=True) for p in _flatten(t, v)]
         kinds = "".join(kind for kind, _ in flat)
         if kinds not in launchers:
+            if len(kinds) - kinds.count("-") != metadata.arguments:
+                raise RuntimeError(f"the descriptors of {source.name} are not those of this Triton")
             launchers[kinds] = make(kinds, spans)
         launchers[kinds](*arguments[:9], *(value for _, value in flat))
 

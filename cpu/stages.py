@@ -42,6 +42,7 @@ def make_cpp(module: Any, metadata: dict, options: Any) -> str:
     parsed = parse_module(str(module))
     metadata["name"] = parsed.kernel.name
     metadata["shared"] = 0
+    metadata["arguments"] = len(parsed.kernel.arguments)
     return emit_module(parsed, checked=options.checked)
 
 
