@@ -37,11 +37,18 @@ def _add(x: Tensor, y: Tensor, alpha: float = 1) -> Tensor:
     return add(x, y)
 
 
+def _select(x: Tensor, dim: int, index: Tensor) -> Tensor:
+    if dim != 0 or x.dim() != 2:
+        raise CaptureError("only rows of a matrix are selected by a recorded kernel")
+    return take(x, index)
+
+
 _LOWERED: dict[Any, Callable[..., Any]] = {
     _aten.linear.default: linear_skinny,
     _aten.add.Tensor: _add,
     _aten.embedding.default: _embedding,
     _aten.cat.default: concatenate,
+    _aten.index_select.default: _select,
 }
 _ALLOCATE = (_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default)
 

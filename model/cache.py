@@ -127,17 +127,14 @@ class Cache:
         for layer in (*self.layers, *self.mtp_layers):
             layer.reserve(tokens)
 
-    def clear(self) -> None:
-        """Forget all tokens; the memory stays."""
-        counts = (self.lengths, self.mtp_lengths, *self._longest.values())
-        if not any(map(any, counts)):
-            # nothing was written, and to touch fresh memory is to take it
-            return
-        for layer in (*self.layers, *self.mtp_layers):
-            layer.keys.zero_()
-            layer.values.zero_()
-        for held in counts:
-            held[:] = [0] * len(held)
+    def restart(self, row: int) -> None:
+        """Forget the tokens of one sequence; another may begin in its place."""
+        for held in (self.lengths, self.mtp_lengths, *self._longest.values()):
+            held[row] = 0
+        # further blocks see only what was drafted in them: nothing yet
+        for layer in self.mtp_layers[1:]:
+            layer.keys[row].zero_()
+            layer.values[row].zero_()
 
     def packing(self, lengths: list[int], *, mtp: bool = False) -> Packing:
         """The packing of `lengths` new tokens after what the cache holds. Raises ValueError."""

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
-
-BUFFERS = ("cu_seqlens", "held", "rows", "positions")
-"""What kernels read of a packing."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +50,16 @@ class Packing:
         return max(self.lengths, default=0)
 
     @classmethod
-    def fixed(cls, like: Packing, *, capacity: int, turns: tuple[Tensor, Tensor]) -> Packing:
-        """One that owns buffers, to be filled anew for any pack of as many tokens.
+    def fixed(
+        cls, lengths: tuple[int, ...], *, capacity: int, device: torch.device, **buffers: Any
+    ) -> Packing:
+        """One whose tensors are buffers, to be filled anew for any pack of as many tokens.
 
         Its sequences may reach `capacity` positions, and stand on the host as if they had.
         """
-        starts = tuple(capacity - n for n in like.lengths)
-        fixed = cls(like.lengths, starts, like.device)
+        fixed = cls(lengths, tuple(capacity - n for n in lengths), device)
         # where a cached property looks first
-        vars(fixed).update({name: getattr(like, name).clone() for name in BUFFERS}, turns=turns)
+        vars(fixed).update(buffers)
         return fixed
 
     @cached_property

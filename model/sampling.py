@@ -1,13 +1,21 @@
-"""From logits to tokens: temperature, top-k, top-p, presence penalty, speculative acceptance."""
+"""From logits to tokens: temperature, top-k, top-p, presence penalty.
+
+The token at one place is a function of its logits and of noise that seed and place decide. So a
+text does not depend on what else runs beside it, nor on how many tokens a step checks at once: a
+draft stands where it is the token that would have been drawn anyway.
+"""
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 FLOAT32 = torch.finfo(torch.float32)
+_MASK = 2**64 - 1
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +24,8 @@ class Sampling:
 
     temperature 0 is greedy. top_k 0 and top_p 1 keep the whole vocabulary. presence_penalty is
     subtracted from the logit of every token that was already generated. Among equal logits the
-    lower index goes first. The same seed (0 .. 2^63 - 1) gives the same tokens on one device; None
-    draws a fresh seed.
+    lower index goes first. The same seed (0 .. 2^63 - 1) gives the same tokens; None draws a
+    fresh seed.
 
     Raises ValueError if a value is out of range.
     """
@@ -43,13 +51,10 @@ class Sampling:
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must lie in 0..2^63-1, got {self.seed}")
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        generator = torch.Generator(device)
-        if self.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(self.seed)
-        return generator
+    @property
+    def plain(self) -> bool:
+        """Whether the largest logit is all that counts."""
+        return self.temperature == 0 and not self.presence_penalty
 
     def probabilities(self, logits: Tensor, seen: Tensor | None = None) -> Tensor:
         """The distribution [..., V] (float32) that the next token is drawn from.
@@ -84,41 +89,52 @@ class Sampling:
         return probabilities
 
 
-def draw(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token per row of [R, V]: int64 [R]."""
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
+def fixed_seed(sampling: Sampling) -> int:
+    """Its seed, or a fresh one."""
+    return secrets.randbits(63) if sampling.seed is None else sampling.seed
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How many drafts of each row stand, int64 [R], and the token that follows them, int64 [R]."""
+def noise_key(seed: int, stream: int, index: int) -> int:
+    """What the noise for token `index` of prompt `stream` is made from, an int64."""
+    key = 0
+    for part in (seed, stream, index):
+        key = _mix_integer((key + part + 1) * _GOLDEN)
+    return key - (key >> 63 << 64)
 
-    accepted: Tensor
-    following: Tensor
 
+def exponential_noise(keys_R: Tensor, size: int) -> Tensor:
+    """Exponentially distributed numbers > 0, float64 [R, size], a function of the keys alone.
 
-def verify(target: Tensor, proposed: Tensor, drafts: Tensor, generator: torch.Generator) -> Verdict:
-    """Speculative rejection sampling (Leviathan et al., arXiv 2211.17192).
-
-    A draft d stands with probability min(1, p(d) / q(d)); after the first that falls, a token is
-    drawn from the normalised positive part of p - q. The result is distributed as if every token
-    had been drawn from p.
-
-    Args:
-        target: the model's distributions p, [R, D + 1, V].
-        proposed: the drafter's distributions q, [R, D, V].
-        drafts: tokens drawn from q, int64 [R, D].
+    The generator is SplitMix64 (Steele et al., OOPSLA 2014) started at each key.
     """
-    rows, count = drafts.shape
-    index = drafts.unsqueeze(-1)
-    p = target[:, :count].gather(-1, index).squeeze(-1)
-    q = proposed.gather(-1, index).squeeze(-1)
-    chance = torch.rand(rows, count, generator=generator, device=target.device)
-    accepted = (chance * q < p).int().cumprod(-1).sum(-1)
-    nothing = proposed.new_zeros(rows, 1, target.shape[-1])
-    at = accepted[:, None, None].expand(-1, 1, target.shape[-1])
-    final = target.gather(1, at).squeeze(1)
-    rest = (final - torch.cat((proposed, nothing), 1).gather(1, at).squeeze(1)).clamp(min=0)
-    # p == q up to rounding leaves no positive part to draw from
-    rest = torch.where(rest.sum(-1, keepdim=True) > 0, rest, final)
-    return Verdict(accepted, draw(rest, generator))
+    steps = torch.arange(1, size + 1, device=keys_R.device) * _signed(_GOLDEN)
+    x = keys_R[:, None] + steps
+    x = (x ^ _shift(x, 30)) * _signed(_FIRST)
+    x = (x ^ _shift(x, 27)) * _signed(_SECOND)
+    x = x ^ _shift(x, 31)
+    # 53 bits, and half a step from both 0 and 1
+    return -((_shift(x, 11).double() + 0.5) * 2.0**-53).log()
+
+
+def draw(probabilities: Tensor, keys_R: Tensor) -> Tensor:
+    """One token per row of [R, V]: int64 [R], decided by the row and its key alone.
+
+    Of independent exponential clocks with rates p the clock of v rings first with chance p[v].
+    """
+    return (probabilities / exponential_noise(keys_R, probabilities.shape[-1])).argmax(-1)
+
+
+def _mix_integer(x: int) -> int:
+    x &= _MASK
+    x = (x ^ x >> 30) * _FIRST & _MASK
+    x = (x ^ x >> 27) * _SECOND & _MASK
+    return x ^ x >> 31
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Shift to the right that brings in zeros."""
+    return (x >> bits) & ((1 << 64 - bits) - 1)
+
+
+def _signed(x: int) -> int:
+    return x - (x >> 63 << 64)

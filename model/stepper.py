@@ -1,10 +1,14 @@
 """Decoding steps without Python: recorded once per shape, then run again.
 
 A step of few tokens costs more in launching kernels one by one than in their work. The buffers of
-a recorded step are fixed, so positions, lengths and sequence numbers are data to it: steps that
-bring equally many tokens share one recording, wherever their sequences stand.
+a recorded step are fixed, so tokens, positions, lengths and sequence numbers are data to it: steps
+that bring equally many tokens share one recording, wherever their sequences stand.
 
-Shape letters: N packed tokens, B sequences, H hidden, D head dimension.
+Two kinds of steps are worth it: the decoder's, up to the most likely next token of every
+position, and a whole chain of drafts of the MTP block.
+
+Shape letters: N packed tokens, R sequences that bring some, B all sequences, H hidden, D half of
+the head dimension, P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,26 +16,69 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from ..kernels.argmax import argmax
 from ..kernels.capture import CaptureError, Graph
 from ..kernels.dispatch import choose
 from .cache import Cache, LayerCache
 from .layers import rope_tables
-from .packing import BUFFERS, Packing
+from .packing import Packing
 from .transformer import KExaone
 
 MOST_TOKENS = 32
 """Above it the work of a step hides what launching costs."""
-PATIENCE = 4
+PATIENCE = 1
 """Steps of one shape that run as they are before one is recorded."""
 
-Function = Callable[[tuple[Tensor, ...], Packing], Tensor]
-# what runs, its tokens, and the most that one sequence brings; and the room that layers have
-_Shape = tuple[str, int, int]
+Tensors = tuple[Tensor, ...]
+# of tokens and where they belong: the hidden states, tokens, and which tokens go on
+_Function = Callable[[Tensor | None, Tensor, Tensor, list[Packing]], Tensors]
+# what runs and how many drafts follow, tokens, the most that one sequence brings, sequences
+_Shape = tuple[str, int, int, int, int]
+# and the room that layers have
 _Key = tuple[_Shape, int]
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Hidden states [N, H], logits [N, V] until the next step, and the largest logit's index.
+
+    `best[i]` is -1 where a logit is NaN or infinite.
+    """
+
+    hidden: Tensor
+    logits: Tensor
+    best: list[int]
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One step: packed tokens, the states they come with, and single tokens that follow later."""
+
+    kind: str
+    hidden: Tensor | None
+    ids: list[int]
+    last: list[int]
+    packings: list[Packing]
+
+    @property
+    def shape(self) -> _Shape:
+        first = self.packings[0]
+        return self.kind, len(self.packings), first.total, first.longest, len(self.last)
+
+    def integers(self) -> tuple[list[int], list[int]]:
+        """All that is 64 bits wide (ids, last, rows, positions), and 32 (starts and lengths)."""
+        wide, narrow = [*self.ids, *self.last], []
+        for packing in self.packings:
+            pairs = list(zip(packing.starts, packing.lengths, strict=True))
+            wide += [b for b, (_, count) in enumerate(pairs) for _ in range(count)]
+            wide += [p for start, count in pairs for p in range(start, start + count)]
+            narrow += (0, *accumulate(packing.lengths), *packing.ends)
+        return wide, narrow
 
 
 @dataclass(frozen=True)
@@ -39,24 +86,21 @@ class _Step:
     """A recorded step and the buffers that it reads."""
 
     graph: Graph
-    inputs: tuple[Tensor, ...]
-    packing: Packing
+    wide: Tensor
+    narrow: Tensor
+    hidden: Tensor | None
 
-    def __call__(
-        self, inputs: tuple[Tensor, ...], packing: Packing, tables: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        for buffer, value in zip(self.inputs, inputs, strict=True):
-            buffer.copy_(value)
-        for name in BUFFERS:
-            getattr(self.packing, name).copy_(getattr(packing, name))
-        for buffer, table in zip(self.packing.turns or (), tables, strict=True):
-            torch.index_select(table, 0, packing.positions, out=buffer[:, 0])
-        # the next step overwrites what the graph returns
-        return self.graph.replay().clone()
+    def __call__(self, given: _Input) -> Tensors:
+        wide, narrow = given.integers()
+        self.wide.copy_(torch.tensor(wide))
+        self.narrow.copy_(torch.tensor(narrow, dtype=torch.int32))
+        if self.hidden is not None and given.hidden is not None:
+            self.hidden.copy_(given.hidden)
+        return self.graph.replay()
 
 
 class Stepper:
-    """Runs the steps of one generation: `model.features` and `model.predict_further` on `cache`.
+    """Runs the steps of `model` on `cache`, whose lengths they advance.
 
     Recordings hold the weights where they are: do not move the model while a stepper lives.
     """
@@ -69,88 +113,144 @@ class Stepper:
         self._tables: tuple[Tensor, Tensor] = torch.empty(0), torch.empty(0)
 
     def features(self, ids_N: Tensor, packing: Packing) -> Tensor:
-        """Final hidden states [N, H]; advances the cache."""
+        """Final hidden states [N, H] of pieces of prompts; advances the cache."""
+        return self.model.features(ids_N, packing, cache=self.cache).hidden_NH
 
-        def run(inputs: tuple[Tensor, ...], at: Packing) -> Tensor:
-            return self.model.features(inputs[0], at, cache=self.cache).hidden_NH
+    def predict_further(self, hidden_NH: Tensor, next_ids_N: Tensor, packing: Packing) -> Tensor:
+        """States of the MTP block [N, H] for pieces of prompts; advances its cache."""
+        return self.model.predict_further(hidden_NH, next_ids_N, packing, cache=self.cache)
 
-        hidden = self._run("features", self.cache.layers, (ids_N,), packing, run)
+    def decode(self, ids: list[int], packing: Packing) -> Decoded:
+        """What the decoder and its head say of tokens; advances the cache."""
+
+        def run(hidden: Tensor | None, ids: Tensor, last: Tensor, at: list[Packing]) -> Tensors:
+            found = self.model.features(ids, at[0], cache=self.cache).hidden_NH
+            logits = self.model.lm_head(found)
+            return found, logits, argmax(logits)
+
+        given = _Input("decode", None, ids, [], [packing])
+        hidden, logits, best = self._run(self.cache.layers, given, run)
         self.cache.lengths[:] = packing.ends
-        return hidden
+        # the next step overwrites what a recorded one returns
+        return Decoded(hidden.clone(), logits, best.tolist())
 
-    def predict_further(
-        self, hidden_NH: Tensor, next_ids_N: Tensor, packing: Packing, *, step: int = 0
-    ) -> Tensor:
-        """MTP hidden states [N, H]; advances the cache."""
-        assert self.model.mtp is not None
-        layer = step % len(self.model.mtp.layers)
+    def draft(
+        self, hidden_NH: Tensor, next_ids: list[int], last: list[int], packings: list[Packing]
+    ) -> list[list[int]]:
+        """The most likely tokens of R sequences: one per packing, each after the ones before.
 
-        def run(inputs: tuple[Tensor, ...], at: Packing) -> Tensor:
-            hidden, ids = inputs
-            return self.model.predict_further(hidden, ids, at, step=step, cache=self.cache)
+        The MTP block is given decoder states with their next tokens, as the first packing says;
+        then those `last` in it go on from their own output, as the other packings say. The
+        cache stays as long as it was.
+        """
+        mtp = self.model.mtp
+        assert mtp is not None
+        held = list(self.cache.mtp_lengths)
 
-        layers = self.cache.mtp_layers
-        hidden = self._run(f"mtp {layer}", layers, (hidden_NH, next_ids_N), packing, run)
-        self.cache.mtp_lengths[:] = packing.ends
-        return hidden
+        def run(hidden: Tensor | None, ids: Tensor, last: Tensor, at: list[Packing]) -> Tensors:
+            tokens: list[Tensor] = []
+            assert hidden is not None
+            for step, packing in enumerate(at):
+                hidden = self.model.predict_further(
+                    hidden, tokens[-1] if step else ids, packing, step=step, cache=self.cache
+                )
+                hidden = hidden if step else hidden.index_select(0, last)
+                # a model whose logits overflow is found out by the decoder
+                tokens.append(argmax(self.model.lm_head(hidden)))
+            return tuple(tokens)
 
-    def _run(
-        self,
-        kind: str,
-        layers: list[LayerCache],
-        inputs: tuple[Tensor, ...],
-        packing: Packing,
-        function: Function,
-    ) -> Tensor:
-        if not self._recordable(packing):
-            return function(inputs, packing)
-        for layer in layers:
-            layer.make_room(packing)
+        given = _Input("draft", hidden_NH, next_ids, last, packings)
+        tokens = self._run(self.cache.mtp_layers, given, run)
+        self.cache.mtp_lengths[:] = held
+        columns = [[max(t, 0) for t in column.tolist()] for column in tokens]
+        return [list(row) for row in zip(*columns, strict=True)]
+
+    def _run(self, layers: list[LayerCache], given: _Input, function: _Function) -> Tensors:
+        for packing in given.packings:
+            for layer in layers:
+                layer.make_room(packing)
+        shape = given.shape
         # a layer that has grown is other memory
         room = max((layer.capacity for layer in layers if not layer.ring), default=0)
-        shape = (kind, packing.total, packing.longest)
-        self._seen[shape] += 1
-        if self._seen[shape] <= PATIENCE:
-            return function(inputs, packing)
-        if (shape, room) not in self._steps:
-            for stale in [k for k in self._steps if k[0][0] == kind and k[1] != room]:
-                del self._steps[stale]
-            return self._record((shape, room), inputs, packing, function)
-        step = self._steps[shape, room]
-        if step is None:
-            return function(inputs, packing)
-        return step(inputs, packing, self._turn_tables(max(packing.ends)))
+        if self._recordable(given):
+            self._seen[shape] += 1
+            known, step = (shape, room) in self._steps, self._steps.get((shape, room))
+            if step is not None and self._covers(given):
+                return step(given)
+            if self._seen[shape] > PATIENCE and (step is not None or not known):
+                for stale in [k for k in self._steps if k[0][0] == given.kind and k[1] != room]:
+                    del self._steps[stale]
+                return self._record((shape, room), given, function)
+        device = given.packings[0].device
+        ids, last = (torch.tensor(x, dtype=torch.int64, device=device)
+                     for x in (given.ids, given.last))  # fmt: skip
+        return function(given.hidden, ids, last, given.packings)
 
-    def _recordable(self, packing: Packing) -> bool:
-        weight = self.model.lm_head.weight
+    def _recordable(self, given: _Input) -> bool:
         return (
-            0 < packing.total <= MOST_TOKENS
+            0 < given.packings[0].total <= MOST_TOKENS
             and not torch.is_grad_enabled()
-            and choose(weight) == "triton"
+            and choose(self.model.lm_head.weight) == "triton"
         )
 
+    def _covers(self, given: _Input) -> bool:
+        """Whether the rotary tables that recordings hold reach as far as a step."""
+        return all(max(packing.ends) <= len(self._tables[0]) for packing in given.packings)
+
     def _turn_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        """Rotary cos and sin [P, D/2] of at least so many positions."""
+        """Rotary cos and sin [P, D] of at least so many positions."""
         if len(self._tables[0]) < positions:
+            # what was recorded reads the shorter ones
+            self._steps.clear()
             cfg, device = self.model.config, self.model.lm_head.weight.device
-            wanted = torch.arange(max(256, 2 * positions), device=device)
+            wanted = torch.arange(max(256, positions), device=device)
             cos, sin = rope_tables(wanted, cfg.head_dim, cfg.rope_theta)
             self._tables = cos[:, 0], sin[:, 0]
         return self._tables
 
-    def _record(
-        self, key: _Key, inputs: tuple[Tensor, ...], packing: Packing, function: Function
-    ) -> Tensor:
-        tables = self._turn_tables(max(packing.ends))
-        cos, sin = (t.index_select(0, packing.positions)[:, None] for t in tables)
-        limit = key[1] or self.model.config.max_position_embeddings
-        fixed = Packing.fixed(packing, capacity=limit, turns=(cos, sin))
-        buffers = tuple(x.clone() for x in inputs)
+    def _record(self, key: _Key, given: _Input, function: _Function) -> Tensors:
+        furthest = max(max(packing.ends) for packing in given.packings)
+        room = key[1]
+        # without a layer that grows nothing else bounds the positions
+        tables = self._turn_tables(max(room, furthest) if room else 2 * furthest)
+        limit = room or self.model.config.max_position_embeddings
+        device = given.packings[0].device
+        wide, narrow = (
+            torch.tensor(values, dtype=dtype, device=device)
+            for values, dtype in zip(given.integers(), (torch.int64, torch.int32), strict=True)
+        )
+        sizes = [len(given.ids), len(given.last)]
+        for packing in given.packings:
+            sizes += [packing.total] * 2
+        ids, last, *places = wide.split(sizes)
+        batch = len(given.packings[0].lengths)
+        ends = narrow.split([batch + 1, batch] * len(given.packings))
+        hidden = None if given.hidden is None else given.hidden.clone()
+
+        def body() -> Tensors:
+            packings = []
+            for i, packing in enumerate(given.packings):
+                rows, positions = places[2 * i : 2 * i + 2]
+                turns = tuple(t.index_select(0, positions)[:, None] for t in tables)
+                packings.append(
+                    Packing.fixed(
+                        packing.lengths,
+                        capacity=limit,
+                        device=device,
+                        rows=rows,
+                        turns=turns,
+                        positions=positions,
+                        cu_seqlens=ends[2 * i],
+                        held=ends[2 * i + 1],
+                    )
+                )
+            return function(hidden, ids, last, packings)
+
         try:
-            graph = Graph(lambda: function(buffers, fixed), device=packing.device)
+            graph = Graph(body, device=device)
         except CaptureError:
             # a model that someone has put other modules into
             self._steps[key] = None
-            return function(inputs, packing)
-        self._steps[key] = _Step(graph, buffers, fixed)
-        return graph.output.clone()
+            return function(given.hidden, ids, last, given.packings)
+        self._steps[key] = _Step(graph, wide, narrow, hidden)
+        return graph.output

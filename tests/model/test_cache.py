@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import configs, random_model, small_config
 
 from kexaone import Config
-from kexaone.model import generation
+from kexaone.model import engine, generation
 from kexaone.model.attention import cached_attention
 from kexaone.model.cache import Cache, LayerCache, cache_bytes
 from kexaone.model.config import PRESETS
@@ -175,14 +175,14 @@ def test_generation_allocates_exactly_the_arithmetic(monkeypatch, drafts):
             super().__init__(*args, **kwargs)
             made.append(self)
 
-    monkeypatch.setattr(generation, "Cache", Recorded)
+    monkeypatch.setattr(engine, "Cache", Recorded)
     config = small_config()
     prompts = [[1] * 30, [2] * 17]
     generation.generate(
         random_model(config), prompts, max_new_tokens=20, drafts=drafts, chunk=8, stop_ids=()
     )
     (cache,) = made
-    sizes = cache_bytes(config, 30 + 20, chunk=8, drafts=drafts, itemsize=4)
+    sizes = cache_bytes(config, 30 + 20 + drafts, chunk=8, drafts=drafts, itemsize=4)
     assert cache.nbytes == allocated(cache) == len(prompts) * sizes["total"]
 
 

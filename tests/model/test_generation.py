@@ -26,10 +26,10 @@ from oracle import (
 )
 
 from kexaone import Config, KExaone
-from kexaone.model import generation
+from kexaone.model.engine import Engine
 from kexaone.model.generation import Generation, Statistics, generate
 from kexaone.model.packing import Packing
-from kexaone.model.sampling import Sampling, verify
+from kexaone.model.sampling import Sampling
 
 EXAMPLES = settings(max_examples=30, deadline=None)
 VOCAB = 5  # so small that random drafts often stand
@@ -63,14 +63,20 @@ def until(tokens: list[int], stop: tuple[int, ...]) -> list[int]:
 
 
 def counting_model() -> KExaone:
-    """All logits are zero, so that with a penalty it counts 0, 1, 2, ... and every draft stands."""
-    model = random_model(small_config(max_position_embeddings=64))
+    """After token t comes t + 1, for the decoder and for the MTP block: every draft stands."""
+    model = random_model(small_config(max_position_embeddings=64, hidden_size=64))
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        for name, parameter in model.named_parameters():
+            if "o_proj" in name or "down_proj" in name:
+                parameter.zero_()
+            elif "norm" in name:
+                parameter.fill_(1)
+        # a token's state is a direction of its own, kept by what follows
+        model.model.embed_tokens.weight.copy_(torch.eye(61, 64))
+        model.lm_head.weight.copy_(torch.eye(61, 64).roll(1, 0))
+        assert model.mtp is not None
+        model.mtp.fc.weight.copy_(torch.cat((torch.eye(64), torch.zeros(64, 64)), 1))
     return model
-
-
-COUNTING = Sampling(presence_penalty=1.0)
 
 
 @EXAMPLES
@@ -125,75 +131,59 @@ def test_plain_greedy_is_what_transformers_generates(config, seed, lengths):
 
 @EXAMPLES
 @given(
-    configs(),
-    st.sampled_from([(0,), (3,)]),
-    seeds,
-    ragged_prompts,
-    st.integers(1, 4),
-    st.integers(1, 25),
+    st.tuples(configs(), mtp_windows), seeds, ragged_prompts, st.floats(0.5, 2), st.integers(1, 25)
 )
-def test_every_distribution_of_a_run_is_that_of_a_plain_pass(
-    config, windows, seed, prompts, drafts, chunk
-):
-    """Replays a sampled run without a cache: what was drafted, and what it was held against."""
-    model = random_model(with_drafter(config, windows), seed=seed).double()
-    sampling = Sampling(temperature=1.2, presence_penalty=0.7, seed=seed)
-    calls = []
+def test_sampled_text_is_the_same_with_and_without_drafts(drawn, seed, prompts, warmth, chunk):
+    """Seed, prompt and place decide a token: neither drafts, nor chunks, nor who is beside it."""
+    model = random_model(with_drafter(*drawn), seed=seed).double()
+    sampling = Sampling(temperature=warmth, presence_penalty=0.7, top_p=0.9, seed=seed)
+    options = {"sampling": sampling, "max_new_tokens": 9, "stop_ids": (0,)}
+    expected = generate(model, prompts, **options).token_ids
+    for drafts in range(1, 5):
+        found = generate(model, prompts, drafts=drafts, chunk=chunk, **options)
+        assert found.token_ids == expected, drafts
+    assert generate(model, prompts[:1], **options).token_ids == expected[:1]
 
-    def recorded(target, proposed, drawn, generator):
-        verdict = verify(target, proposed, drawn, generator)
-        calls.append((target, proposed, drawn.tolist(), verdict))
-        return verdict
+
+@EXAMPLES
+@given(configs(), st.sampled_from([(0,), (3,)]), seeds, ragged_prompts, st.integers(1, 4))
+def test_drafts_are_what_plain_passes_propose(config, windows, seed, prompts, drafts):
+    """Every chain of drafts of a run, computed anew from the whole text without a cache."""
+    model = random_model(with_drafter(config, windows), seed=seed).double()
+    engine = Engine(model, slots=len(prompts), context=40, drafts=drafts)
+    requests = [engine.submit(p, max_new_tokens=8, stop_ids=()) for p in prompts]
+    made, plain_draft = 0, engine._draft
+
+    def checked(rows, count):
+        nonlocal made
+        found = plain_draft(rows, count)
+        for row, tokens in zip(rows, found, strict=True):
+            text = [*row.request.prompt, *row.request.token_ids]
+            assert tokens == chain(model, text, count)
+            made += count
+        return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "verify", recorded)
-        options = {"drafts": drafts, "chunk": chunk, "sampling": sampling, "stop_ids": (0,)}
-        found = generate(model, prompts, max_new_tokens=8, **options).token_ids
-    news = [row[:1] for row in found]
-    for target, proposed, drawn, verdict in calls:
-        rows = [b for b, row in enumerate(news) if row[-1] != 0 and len(row) < 8]
-        assert len(rows) == len(drawn)
-        for r, b in enumerate(rows):
-            expected = plain_distributions(model, prompts[b], news[b], drawn[r], sampling)
-            for ours, plain in zip((target[r], proposed[r]), expected, strict=True):
-                # probabilities in float32, after a dozen roundings
-                assert ours.shape == plain.shape
-                assert not len(plain) or (ours - plain).abs().max() <= 2**-20
-            stood = int(verdict.accepted[r])
-            news[b] = until([*news[b], *drawn[r][:stood], int(verdict.following[r])], (0,))
-    assert news == found
+        patch.setattr(engine, "_draft", checked)
+        engine.run()
+    assert made and all(len(r.token_ids) == 8 for r in requests)
 
 
-def plain_distributions(
-    model: KExaone, prompt: list[int], new: list[int], drawn: list[int], sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The decoder's distributions before and after each draft, and the drafter's of each draft."""
-
-    def distributions(logits: torch.Tensor) -> torch.Tensor:
-        rows = []
-        for i, row in enumerate(logits.tolist()):
-            seen = {*new, *drawn[:i]}
-            rows.append(defined(row, [t in seen for t in range(VOCAB)], sampling)[0].tolist())
-        return torch.tensor(rows).view(-1, VOCAB)
-
-    context = torch.tensor([*prompt, *new])
-    cpu = torch.device("cpu")
+def chain(model: KExaone, text: list[int], count: int) -> list[int]:
+    """The drafter's most likely tokens after a text whose last token the decoder has not seen."""
+    cpu, followers = torch.device("cpu"), torch.tensor(text[1:])
+    packing = Packing.of([len(text) - 1], starts=None, device=cpu)
+    tokens: list[int] = []
     with torch.no_grad():
-        whole = torch.cat((context, torch.tensor(drawn, dtype=torch.int64)))
-        target = model(whole[None])[0, len(context) - 1 :]
-        hidden = model.features(
-            context[:-1], Packing.of([len(context) - 1], starts=None, device=cpu)
-        ).hidden_NH
-        followers, proposed = context[1:], []
-        for token in drawn:
+        hidden = model.features(torch.tensor(text[:-1]), packing).hidden_NH
+        for _ in range(count):
             packing = Packing.of([len(hidden)], starts=None, device=cpu)
             output = model.predict_further(hidden, followers, packing)
-            proposed.append(model.lm_head(output[-1:]))
+            tokens.append(int(model.lm_head(output[-1]).argmax()))
             # the block goes on from its own output; what it read before stays
             hidden = torch.cat((hidden, output[-1:]))
-            followers = torch.cat((followers, torch.tensor([token])))
-    empty = target[:0]
-    return distributions(target), distributions(torch.cat((empty, *proposed)))
+            followers = torch.cat((followers, torch.tensor(tokens[-1:])))
+    return tokens
 
 
 def outcomes(
@@ -238,7 +228,7 @@ def test_sampled_text_has_the_exact_distribution(name, drafts, stop):
         sampling=SAMPLED[name],
         stop_ids=stop,
     )
-    if drafts:
+    if drafts and not stop:
         # some drafts must stand and some fall, or only one branch would be tested
         assert 0.02 < found.statistics.acceptance < 0.98
     times = Counter(map(tuple, found.token_ids))
@@ -258,10 +248,10 @@ def test_sampled_text_has_the_exact_distribution(name, drafts, stop):
 
 
 def test_a_stop_token_among_accepted_drafts():
-    model, options = counting_model(), {"sampling": COUNTING, "drafts": 4, "max_new_tokens": 30}
+    model, options = counting_model(), {"drafts": 4, "max_new_tokens": 30}
     for last in range(12):
-        found = generate(model, [[7, 7], [9]], stop_ids=(last, 50), **options)
-        assert found.token_ids == [list(range(last + 1))] * 2
+        found = generate(model, [[7, 20], [3, 20]], stop_ids=(21 + last, 60), **options)
+        assert found.token_ids == [list(range(21, 22 + last))] * 2
         # the first token comes from the prefill, then five from every step
         assert found.statistics.steps == math.ceil(last / 5)
     assert found.statistics.accepted_at == (6, 6, 6, 6) and found.statistics.acceptance == 1
@@ -280,10 +270,9 @@ def test_rows_that_end_apart():
 
 def test_stop_tokens_default_to_those_of_the_config():
     model = counting_model()
-    model.config = dataclasses.replace(model.config, eos_token_ids=(5, 3))
-    assert generate(model, [[1]], sampling=COUNTING, max_new_tokens=9).token_ids == [[0, 1, 2, 3]]
-    other = generate(model, [[1]], sampling=COUNTING, max_new_tokens=9, stop_ids=(4,))
-    assert other.token_ids == [[0, 1, 2, 3, 4]]
+    model.config = dataclasses.replace(model.config, eos_token_ids=(9, 6))
+    assert generate(model, [[3]], max_new_tokens=9).token_ids == [[4, 5, 6]]
+    assert generate(model, [[3]], max_new_tokens=9, stop_ids=(7,)).token_ids == [[4, 5, 6, 7]]
     assert len(generate(model, [[1]], max_new_tokens=9, stop_ids=()).token_ids[0]) == 9
 
 

@@ -13,18 +13,20 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from oracle import FALSE_ALARM, defined, fit_probability
-from torch import Tensor
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from kexaone.model.sampling import Sampling, draw, verify
+from kexaone.model.sampling import Sampling, draw, exponential_noise, fixed_seed, noise_key
 
 DRAWS = 100_000
-CPU = torch.device("cpu")
 EXTREMES = (5e-324, 1e-46, 1e-38, 1e-10, 1e10, 1e38, 1e308)
 
 # few different values, so that ties are the rule
 tied_logits = st.lists(st.integers(-3, 3).map(lambda n: n / 2), min_size=1, max_size=9)
 temperatures = st.sampled_from([0.1, 0.5, 1.0, 1.7])
+
+
+def keys(count: int, seed: int = 0) -> torch.Tensor:
+    return torch.tensor([noise_key(seed, 0, i) for i in range(count)])
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -100,7 +102,7 @@ def test_greedy_takes_the_lowest_of_the_largest():
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0], [5.0, 5.0, 5.0, 5.0], [0.0, -1.0, -2.0, 0.5]])
     found = Sampling().probabilities(logits)
     assert torch.equal(found, torch.eye(4)[[1, 0, 3]])
-    assert draw(found, generator()).tolist() == [1, 0, 3]
+    assert draw(found, keys(3)).tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
@@ -189,100 +191,58 @@ def test_values_out_of_range(options, words):
 
 def test_seeds():
     uniform = torch.full((64, 8), 1 / 8)
-    same = [draw(uniform, Sampling(seed=3).generator(CPU)) for _ in range(2)]
-    other = draw(uniform, Sampling(seed=4).generator(CPU))
-    fresh = [draw(uniform, Sampling(seed=None).generator(CPU)) for _ in range(2)]
+    same = [draw(uniform, keys(64, 3)) for _ in range(2)]
+    other = draw(uniform, keys(64, 4))
     # two independent draws agree with probability 8^-64
-    assert torch.equal(*same)
-    assert not torch.equal(same[0], other) and not torch.equal(*fresh)
+    assert torch.equal(*same) and not torch.equal(same[0], other)
+    assert fixed_seed(Sampling(seed=3)) == 3
+    fresh = {fixed_seed(Sampling(seed=None)) for _ in range(9)}
+    assert len(fresh) == 9 and all(0 <= seed < 2**63 for seed in fresh)
+
+
+def test_a_draw_depends_on_its_row_and_key_alone():
+    probabilities = torch.rand(40, 300, generator=generator()).softmax(-1)
+    together = draw(probabilities, keys(40))
+    order = torch.randperm(40, generator=generator())
+    assert torch.equal(draw(probabilities[order], keys(40)[order]), together[order])
+    assert draw(probabilities[7:8], keys(40)[7:8]) == together[7]
+
+
+@given(st.integers(0, 2**63 - 1), st.integers(0, 2**31), st.integers(0, 2**31))
+def test_noise_is_splitmix64(seed, stream, index):
+    """Against a definition in Python's integers, and neighbours have keys of their own."""
+    key = noise_key(seed, stream, index)
+    near = {key, noise_key(seed, stream + 1, index), noise_key(seed, stream, index + 1)}
+    assert len(near | {noise_key((seed + 1) % 2**63, stream, index)}) == 4
+    found = exponential_noise(torch.tensor([key]), 5)[0].tolist()
+    state, mask = key % 2**64, 2**64 - 1
+    for clock in found:
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        z = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB & mask
+        uniform = ((z ^ (z >> 31)) >> 11) + 0.5
+        assert math.isclose(clock, -math.log(uniform / 2**53), rel_tol=1e-12, abs_tol=1e-15)
+
+
+def test_noise_is_exponential_across_keys_tokens_and_places():
+    """G-tests of the deciles, along each axis that a text goes; and neighbours are independent."""
+    for table in (
+        exponential_noise(keys(DRAWS), 3)[:, 2],
+        exponential_noise(keys(3), DRAWS)[1],
+        exponential_noise(torch.tensor([noise_key(i, 0, 0) for i in range(DRAWS)]), 1)[:, 0],
+        exponential_noise(torch.tensor([noise_key(0, i, 5) for i in range(DRAWS)]), 1)[:, 0],
+    ):
+        decile = ((-table).exp() * 10).long().clamp(max=9)
+        tenth = torch.full((10,), 0.1, dtype=torch.float64)
+        assert fit_probability(decile.bincount(minlength=10), tenth) > FALSE_ALARM
+        pairs = (10 * decile[:-1] + decile[1:])[::2]
+        pair = torch.full((100,), 0.01, dtype=torch.float64)
+        assert fit_probability(pairs.bincount(minlength=100), pair) > FALSE_ALARM
 
 
 def test_draws_follow_the_distribution():
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.15, 0.05])
-    counts = draw(probabilities.expand(DRAWS, -1), generator()).bincount(minlength=5)
+    counts = draw(probabilities.expand(DRAWS, -1), keys(DRAWS)).bincount(minlength=5)
     assert fit_probability(counts, probabilities) > FALSE_ALARM
     other = torch.tensor([0.49, 0.0, 0.31, 0.15, 0.05])
     assert fit_probability(counts, other) < FALSE_ALARM
-
-
-# target and drafter per position; the drafter may be right, wrong, or elsewhere altogether
-P = torch.tensor([[0.5, 0.3, 0.2, 0.0], [0.1, 0.2, 0.3, 0.4], [0.0, 0.0, 0.7, 0.3]])
-DRAFTERS = {
-    "different": [[0.2, 0.2, 0.1, 0.5], [0.4, 0.3, 0.2, 0.1]],
-    "equal": P[:2].tolist(),
-    "disjoint first": [[0.0, 0.0, 0.0, 1.0], [0.25, 0.25, 0.25, 0.25]],
-    "certain": [[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]],
-}
-
-
-def simulate(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Accepted drafts [DRAWS], and the tokens that come out [DRAWS, 3], -1 where there is none."""
-    random = generator(7)
-    drafts = torch.stack([draw(row.expand(DRAWS, -1), random) for row in q], 1)
-    verdict = verify(P.expand(DRAWS, -1, -1), q.expand(DRAWS, -1, -1), drafts, random)
-    tokens = torch.cat((drafts, drafts[:, :1]), 1)
-    index = torch.arange(3)
-    tokens = torch.where(index == verdict.accepted[:, None], verdict.following[:, None], tokens)
-    return verdict.accepted, tokens.masked_fill(index > verdict.accepted[:, None], -1)
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_verified_tokens_are_distributed_as_the_target(name):
-    """Every token that comes out follows its p, whatever came before it: positions in turn."""
-    q = torch.tensor(DRAFTERS[name])
-    accepted, tokens = simulate(q)
-    for i in range(3):
-        reached = tokens[accepted >= i]
-        if not len(reached):
-            continue
-        counts = reached[:, i].bincount(minlength=4)
-        assert fit_probability(counts, P[i]) > FALSE_ALARM, i
-        if i < 2 and name == "different":
-            assert fit_probability(counts, q[i]) < FALSE_ALARM
-        # given the first token that came out, too
-        for first in range(4):
-            rows = reached[reached[:, 0] == first]
-            if i and len(rows):
-                chance = fit_probability(rows[:, i].bincount(minlength=4), P[i])
-                assert chance > FALSE_ALARM, (i, first)
-
-
-@pytest.mark.parametrize("name", DRAFTERS)
-def test_drafts_stand_as_often_as_the_distributions_overlap(name):
-    q = torch.tensor(DRAFTERS[name])
-    accepted, _ = simulate(q)
-    first, second = torch.minimum(P[:2], q).sum(-1).double().tolist()
-    shares = torch.tensor([1 - first, first * (1 - second), first * second]).double()
-    # sums of float32 leave rounding where there is nothing
-    shares = torch.where(shares > 1e-6, shares, 0.0)
-    assert fit_probability(accepted.bincount(minlength=3), shares) > FALSE_ALARM
-
-
-def test_verify_without_drafts_is_a_draw_from_the_target():
-    target = P[:1].expand(DRAWS, 1, 4)
-    verdict = verify(target, target[:, :0], torch.empty(DRAWS, 0, dtype=torch.int64), generator())
-    assert not verdict.accepted.any()
-    assert fit_probability(verdict.following.bincount(minlength=4), P[0]) > FALSE_ALARM
-
-
-@given(st.data(), st.integers(1, 4), st.integers(2, 5))
-def test_greedy_drafts_stand_exactly_as_far_as_they_match(data, count, size):
-    tokens = st.integers(0, size - 1)
-    best = data.draw(st.lists(tokens, min_size=count + 1, max_size=count + 1))
-    drafts = data.draw(st.lists(tokens, min_size=count, max_size=count))
-    eye = torch.eye(size)
-    verdict = verify(
-        eye[torch.tensor([best])], eye[torch.tensor([drafts])], torch.tensor([drafts]), generator()
-    )
-    stood = next((i for i in range(count) if best[i] != drafts[i]), count)
-    assert verdict.accepted.tolist() == [stood]
-    assert verdict.following.tolist() == [best[stood]]
-
-
-def test_a_target_rounded_below_the_drafter_still_gives_a_token():
-    """Nothing positive is left of p - q, yet the draft was refused: draw from p."""
-    q = torch.tensor([[[0.5, 0.5]]])
-    p = torch.tensor([[[0.25, 0.25], [0.5, 0.5]]]).expand(200, 2, 2)
-    verdict = verify(p, q.expand(200, 1, 2), torch.zeros(200, 1, dtype=torch.int64), generator())
-    refused = verdict.following[verdict.accepted == 0]
-    assert 0 < len(refused) < 200 and set(refused.tolist()) == {0, 1}
