@@ -59,7 +59,9 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         # three classes only: each further one is a compilation for somebody's odd batch size
         rows, least = (4, 1) if problem.rows <= 2 else (16, 8) if problem.rows <= 16 else (128, 8)
         sizes = [(128, 128 if rows == 128 else 256), (128, 64), (64, 256), (256, 128)]
-        return [Config(rows, least, width, depth, 1, 4, 1) for width, depth in sizes]
+        # a step past the depth would be masked, and multiplied all the same
+        whole = max(16, triton.next_power_of_2(problem.depth))
+        return [Config(rows, least, width, min(depth, whole), 1, 4, 1) for width, depth in sizes]
     found = [
         Config(rows, rows, width, depth, 8, warps, stages)
         for rows in (16, 32, 64, 128)
