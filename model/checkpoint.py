@@ -25,6 +25,7 @@ from .checkpoint_files import DTYPES, FP8, INDEX, SINGLE, CheckpointError, Entry
 from .checkpoint_reader import Source, WeightReader
 from .config import Config, ConfigError
 from .fp8 import BLOCK, scale_shape
+from .quantization import quantize_weights
 from .transformer import KExaone
 
 
@@ -33,7 +34,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    fp8: Literal["dequantize", "keep"] = "dequantize",
+    fp8: Literal["dequantize", "keep", "quantize"] = "dequantize",
 ) -> KExaone:
     """The model in a folder of `config.json` and safetensors files, in evaluation mode.
 
@@ -44,15 +45,16 @@ def load(
         device: where the weights go.
         fp8: "dequantize" widens float8 weights; "keep" keeps those of linear layers and experts
             with their scales, without gradient. An expert width that is no multiple of 128 is
-            widened even so: gate and up have their own blocks, which do not stack.
+            widened even so: gate and up have their own blocks, which do not stack. "quantize"
+            keeps them, and makes float8 what is wider (see `quantize_weights`).
 
     Raises:
         CheckpointError: if the folder is missing, damaged, or does not fit its configuration, or
             if a weight is NaN or infinite. The message names the tensor and the file.
         ValueError: on an unknown `dtype` or `fp8`.
     """
-    if fp8 not in ("dequantize", "keep"):
-        raise ValueError(f"fp8 must be 'dequantize' or 'keep', got {fp8!r}")
+    if fp8 not in ("dequantize", "keep", "quantize"):
+        raise ValueError(f"fp8 must be 'dequantize', 'keep' or 'quantize', got {fp8!r}")
     if dtype is not None and dtype not in [DTYPES[x] for x in DTYPES if x != FP8]:
         raise ValueError(f"dtype must be a floating dtype of at least 16 bits, got {dtype}")
     folder = Path(folder)
@@ -70,13 +72,15 @@ def load(
         model = KExaone(config)
     plan = _plan(model, entries, folder)
     loader = WeightReader(
-        plan, entries, dtype=dtype, device=torch.device(device), keep=fp8 == "keep"
+        plan, entries, dtype=dtype, device=torch.device(device), keep=fp8 != "dequantize"
     )
     for parameter, sources in plan.items():
         loader.fill(model, parameter, sources)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
         loader.check_tied(model, entries.get(names.HEAD))
+    if fp8 == "quantize":
+        quantize_weights(model)
     return model.eval()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.dequantize import dequantize_fp8
+from ..kernels.dispatch import choose
+from ..kernels.grouped_gemm_fp8 import grouped_gemm_fp8
 
 BLOCK = 128
+FEW_ROWS = 32
 E4M3_MAX = 448.0
 
 
@@ -59,7 +63,11 @@ def dequantize(values: Tensor, scale: Tensor, *, dtype: torch.dtype) -> Tensor:
 
 
 class Fp8Linear(nn.Module):
-    """A bias-free linear layer that keeps its weight in float8 and widens it when used."""
+    """A bias-free linear layer that keeps its weight in float8.
+
+    It is widened when used; for a few rows without gradients in the kernel, as there the time is
+    that of reading it.
+    """
 
     def __init__(self, values: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -78,4 +86,17 @@ class Fp8Linear(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dequantize(self.weight, self.weight_scale, dtype=x.dtype))
+        rows = x.numel() // x.shape[-1]
+        if torch.is_grad_enabled() or choose(x) != "triton" or not 0 < rows <= FEW_ROWS:
+            return F.linear(x, dequantize(self.weight, self.weight_scale, dtype=x.dtype))
+        y = grouped_gemm_fp8(
+            x.reshape(rows, -1), self.weight[None], self.weight_scale[None],
+            _all_rows(rows, x.device),
+        )  # fmt: skip
+        return y.view(*x.shape[:-1], -1)
+
+
+@lru_cache(maxsize=FEW_ROWS)
+def _all_rows(count: int, device: torch.device) -> Tensor:
+    """Offsets of one group: made outside of recordings, which could not make them again."""
+    return torch.tensor([0, count], dtype=torch.int32, device=device)
