@@ -11,7 +11,7 @@ import typer
 from .autotune import commands as auditing
 from .autotune import tune_commands as tuning
 from .bench import commands as measuring
-from .model import commands, explain_command
+from .model import commands, explain_command, generate_command
 
 INTERRUPTED = 130
 # typer has its own copy of click in some versions and not in others: ask for what it raises
@@ -21,7 +21,7 @@ app = typer.Typer(help="K-EXAONE: train, generate, inspect.", add_completion=Fal
 for command in (
     commands.demo,
     commands.train,
-    commands.generate,
+    generate_command.generate,
     commands.info,
     measuring.bench,
     tuning.tune,

@@ -1,24 +1,18 @@
-"""The commands of the model: `kexaone demo`, `train`, `generate` and `info`."""
+"""The commands of the model: `kexaone demo`, `train` and `info`."""
 
 from __future__ import annotations
 
-import dataclasses
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from ..files import check_writable, write_json
 from . import console as ui
 from .cache import cache_bytes
 from .config import PRESETS, Config
-from .sampling import Sampling
 
-JsonPath = Annotated[Path | None, typer.Option("--json", help="Write the measurements here.")]
 DataPaths = Annotated[
     list[Path] | None,
     typer.Option("--data", help="Text file, repeatable. Default: Python's own library."),
@@ -28,7 +22,7 @@ DataPaths = Annotated[
 def info(
     model: Annotated[str, typer.Argument(help="A preset, or a checkpoint folder.")] = "mini",
     context: Annotated[int, typer.Option(help="Tokens of context to size the caches for.")] = 8192,
-    json: JsonPath = None,
+    json: ui.JsonPath = None,
 ) -> None:
     """Architecture, exact parameter counts and cache size of a preset or checkpoint."""
     config = Config.preset(model) if model in PRESETS else _config_of(model)
@@ -77,104 +71,6 @@ def _config_of(name: str) -> Config:
     return Config.from_hf(name)
 
 
-def generate(
-    model: Annotated[Path, typer.Argument(help="Checkpoint folder with a tokenizer.json.")],
-    prompt: Annotated[str | None, typer.Option(help="Text to continue.")] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="File with the text.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    drafts: Annotated[int, typer.Option(help="MTP drafts per step; 0 decodes plainly.")] = 0,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.")] = 0,
-    top_p: Annotated[float, typer.Option(help="1 keeps all tokens.")] = 1.0,
-    presence_penalty: Annotated[float, typer.Option(help="Subtracted from used tokens.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
-    dtype: Annotated[str | None, typer.Option(help="Default: the checkpoint's own.")] = None,
-    device: Annotated[str, typer.Option(help="For example cpu or cuda.")] = "cpu",
-    json: JsonPath = None,
-) -> None:
-    """Continue a text with a checkpoint, streaming it as it comes."""
-    from . import generation
-    from .checkpoint import load
-    from .tokenizer import load_tokenizer
-
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give either --prompt or --prompt-file")
-    text = prompt if prompt is not None else _read_text(prompt_file)
-    check_writable(json)
-    sampling = Sampling(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        presence_penalty=presence_penalty,
-        seed=seed,
-    )
-    tokenizer = load_tokenizer(model, Config.from_hf(model))
-    ids = tokenizer.encode(_checked_text(text)).ids
-    network = load(model, dtype=ui.parse_dtype(dtype), device=str(ui.parse_device(device)))
-    result = generation.generate(
-        network.eval(),
-        [ids],
-        max_new_tokens=max_new_tokens,
-        drafts=drafts,
-        sampling=sampling,
-        on_tokens=_printer(tokenizer, text),
-    )
-    stats = result.statistics
-    print(
-        f"\n[{stats.new_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s, "
-        f"draft acceptance {stats.acceptance:.0%}]",
-        file=sys.stderr,
-    )
-    write_json(
-        json,
-        {
-            "prompt_ids": ids,
-            "token_ids": result.token_ids[0],
-            "text": tokenizer.decode(result.token_ids[0]),
-            "acceptance": stats.acceptance,
-            "tokens_per_second": stats.tokens_per_second,
-            "statistics": dataclasses.asdict(stats),
-        },
-    )
-
-
-def _printer(tokenizer: Tokenizer, prompt: str) -> Callable[[list[list[int]]], None]:
-    """Prints the prompt, then new tokens as soon as they make whole characters."""
-    from tokenizers.decoders import DecodeStream
-
-    stream = DecodeStream(skip_special_tokens=True)
-    begun = False
-
-    def show(new: list[list[int]]) -> None:
-        nonlocal begun
-        if not begun:
-            sys.stdout.write(prompt)
-            begun = True
-        for token in new[0]:
-            sys.stdout.write(stream.step(tokenizer, token) or "")
-        sys.stdout.flush()
-
-    return show
-
-
-def _checked_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the prompt is not UTF-8 text") from None
-    return text
-
-
-def _read_text(path: Path | None) -> str:
-    assert path is not None
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-
-
 def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints.")],
     preset: Annotated[
@@ -194,7 +90,12 @@ def train(
     learning_rate: Annotated[float, typer.Option(help="Peak rate.")] = 3e-4,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    json: JsonPath = None,
+    tp: Annotated[int, typer.Option(help="Ranks that share a sequence, under torchrun.")] = 1,
+    ep: Annotated[int, typer.Option(help="Ranks that share the experts, under torchrun.")] = 1,
+    not_finite: Annotated[
+        str, typer.Option(help="Gradient with NaN: raise, or skip its batches.")
+    ] = "raise",
+    json: ui.JsonPath = None,
 ) -> None:
     """Train on text: Muon and AdamW, WSD schedule, MTP and balance losses, exact resume."""
     from .training_run import Options, run_training
@@ -209,6 +110,8 @@ def train(
         tokenizer=tokenizer,
         data=tuple(data or ()),
         resume=resume,
+        tp=tp,
+        ep=ep,
         settings={
             "steps": steps,
             "batch_size": batch_size,
@@ -217,9 +120,12 @@ def train(
             "learning_rate": learning_rate,
             "save_every": save_every,
             "seed": seed,
+            "not_finite": not_finite,
         },
     )
-    write_json(json, run_training(options, ui.console()))
+    result = run_training(options, ui.console())
+    if result["rank"] == 0:
+        write_json(json, result)
 
 
 def demo(
@@ -231,7 +137,7 @@ def demo(
     drafts: Annotated[int, typer.Option(help="MTP drafts per step.")] = 2,
     tokens: Annotated[int, typer.Option(help="Tokens to generate per prompt.")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of weights and data order.")] = 0,
-    json: JsonPath = None,
+    json: ui.JsonPath = None,
 ) -> None:
     """Train the mini model on real text, then generate with and without MTP drafts."""
     from .demo import DemoOptions, run_demo

@@ -60,7 +60,7 @@ def generate(
     sampling: Sampling | None = None,
     stop_ids: tuple[int, ...] | None = None,
     chunk: int = 512,
-    on_tokens: Callable[[list[list[int]]], None] | None = None,
+    on_tokens: Callable[[list[list[int]]], object] | None = None,
 ) -> Generation:
     """Continue each prompt.
 
@@ -73,7 +73,8 @@ def generate(
         sampling: how tokens are chosen; greedy if None. Prompts of one call get noise of their own.
         stop_ids: tokens that end a sequence; the config's eos tokens if None.
         chunk: most prompt tokens per sequence and forward pass.
-        on_tokens: called after each step with the new tokens of each prompt.
+        on_tokens: called after each step with the new tokens of each prompt; the generation ends
+            where it returns True.
 
     Raises:
         ValueError: on an empty prompt, a token outside the vocabulary, a context too long for
@@ -124,7 +125,7 @@ class Generator:
         max_new_tokens: int = 64,
         sampling: Sampling | None = None,
         stop_ids: tuple[int, ...] | None = None,
-        on_tokens: Callable[[list[list[int]]], None] | None = None,
+        on_tokens: Callable[[list[list[int]]], object] | None = None,
     ) -> Generation:
         """Continue each of `batch` prompts; arguments and errors as for `generate`."""
         engine, lists = self.engine, _as_lists(prompts)
@@ -143,8 +144,9 @@ class Generator:
                 new = engine.step()
                 if error := next((r.error for r in requests if r.error), None):
                     raise ValueError(error)
-                if new and on_tokens is not None:
-                    on_tokens([new.get(request, []) for request in requests])
+                rows = [new.get(request, []) for request in requests]
+                if new and on_tokens is not None and on_tokens(rows) is True:
+                    break
         finally:
             for request in requests:
                 request.cancel()

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,39 @@ def test_generate_prints_prompt_and_continuation(run, checkpoint, tmp_path):
     assert out.startswith("def ") and "tokens/s" in err
 
 
+def test_generate_ends_before_a_stop_text(run, checkpoint, tmp_path):
+    common = ["generate", checkpoint, "--prompt", "def ", "--max-new-tokens", 60, "--json"]
+    assert run(*common, tmp_path / "whole.json")[0] == 0
+    whole = json.loads((tmp_path / "whole.json").read_text())
+    stop = whole["text"][-1]
+    code, out, _ = run(*common, tmp_path / "x.json", "--stop", stop, "--stop", "no such text")
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert code == 0 and written["text"] == whole["text"][: whole["text"].index(stop)]
+    assert out == "def " + written["text"]
+    count = len(written["token_ids"])
+    assert written["token_ids"] == whole["token_ids"][:count]
+
+
+def test_generate_answers_by_the_template_and_with_float8(run, checkpoint, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "{% if enable_thinking %}<t>{% endif %}"
+    )
+    code, _, _ = run(
+        "generate", folder, "--chat", "hi", "--system", "be brief", "--thinking", "--fp8",
+        "--drafts", "auto", "--max-new-tokens", 5, "--json", tmp_path / "x.json",
+    )  # fmt: skip
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert code == 0
+    assert bytes(written["prompt_ids"]) == b"[system] be brief\n[user] hi\n<t>"
+    expected = KExaone.from_pretrained(folder, fp8="quantize").generate(
+        [written["prompt_ids"]], max_new_tokens=5
+    )
+    assert written["token_ids"] == expected.token_ids[0]
+
+
 def test_generate_on_a_folder_written_by_transformers(run, tmp_path):
     """Weights by transformers, a trained BPE by tokenizers; transformers is the oracle too."""
     bpe = Tokenizer(models.BPE(unk_token=None))
@@ -154,6 +188,11 @@ BAD = {
     "generate without a prompt": (["generate", "{model}"], "--prompt"),
     "prompt twice": (["generate", "{model}", "--prompt", "a", "--prompt-file", "b"], "--prompt"),
     "missing prompt file": (["generate", "{model}", "--prompt-file", "{tmp}/none"], "none"),
+    "prompt and chat": (["generate", "{model}", "--prompt", "a", "--chat", "b"], "--chat"),
+    "chat without a template": (["generate", "{model}", "--chat", "b"], "no chat template"),
+    "thinking without chat": (["generate", "{model}", "--prompt", "a", "--thinking"], "--chat"),
+    "empty stop text": (["generate", "{model}", "--prompt", "a", "--stop", ""], "stop text"),
+    "drafts of no number": (["generate", "{model}", "--prompt", "a", "--drafts", "x"], "auto"),
     "empty prompt": (["generate", "{model}", "--prompt", ""], "prompt"),
     "prompt too long": (["generate", "{model}", "--prompt-file", "{long}"], "context"),
     "negative drafts": (["generate", "{model}", "--prompt", "a", "--drafts", "-1"], "drafts"),
