@@ -16,6 +16,7 @@ from ..kernels.balance import Balance, balance_statistics
 from ..kernels.cross_entropy import linear_cross_entropy
 from .moe import MoE
 from .packing import Packing
+from .parallel.ranks import Ranks
 from .transformer import KExaone
 
 
@@ -34,7 +35,12 @@ class TrainingLoss:
 
 
 def training_loss(
-    model: KExaone, ids_BT: Tensor, *, mtp_weight: float = 0.05, balance_weight: float = 1e-4
+    model: KExaone,
+    ids_BT: Tensor,
+    *,
+    mtp_weight: float = 0.05,
+    balance_weight: float = 1e-4,
+    ranks: Ranks | None = None,
 ) -> TrainingLoss:
     """next_token + mtp_weight * mtp + balance_weight * balance, of whole sequences.
 
@@ -45,9 +51,14 @@ def training_loss(
     `balance_loss`, the mean over sparse layers. Nothing here waits for the device beyond what the
     model itself does.
 
+    With `ranks`, `ids_BT` are the sequences of this rank's group, and each loss is this rank's
+    share: the shares of all ranks add up to the loss of all sequences. Loads are those of this
+    rank's tokens.
+
     Raises:
         ValueError: if `ids_BT` is not [B, T] or too short for the deepest prediction.
     """
+    ranks = ranks or Ranks()
     depths = model.config.mtp_steps if model.mtp is not None else 0
     if ids_BT.dim() != 2 or ids_BT.shape[0] == 0 or ids_BT.shape[1] < 2 + depths:
         raise ValueError(
@@ -55,28 +66,29 @@ def training_loss(
         )
     batch, length = ids_BT.shape
     packing = Packing.of([length] * batch, starts=None, device=ids_BT.device)
-    features = model.features(ids_BT.flatten(), packing)
-    hidden_BTH = features.hidden_NH.view(batch, length, -1)
-    next_token = _cross_entropy(model, hidden_BTH[:, :-1], ids_BT[:, 1:])
+    features = model.features(ranks.piece(ids_BT).flatten(), packing)
+    next_token = _cross_entropy(model, features.hidden_NH, ids_BT, ahead=1, ranks=ranks)
     zero = next_token.new_zeros(())
-    mtp = _mtp_loss(model, hidden_BTH, ids_BT, depths) if depths else zero
+    mtp = _mtp_loss(model, features.hidden_NH, ids_BT, packing, ranks) if depths else zero
     balances, loads = [], []
     for routing in features.routings:
         scores_TE = routing.scores_TE.float()
         statistics = balance_statistics(scores_TE, routing.ids_TK, sequences=batch)
-        balances.append(balance_loss(statistics))
         loads.append(statistics.counts_BE.sum(0))
-    balance = torch.stack(balances).mean() if balances else zero
+        counts_BE = ranks.sum_pieces(statistics.counts_BE.clone())
+        balances.append(balance_loss(Balance(statistics.shares_BE, counts_BE)))
+    balance = torch.stack(balances).mean() / ranks.world if balances else zero
     total = next_token + mtp_weight * mtp + balance_weight * balance
     return TrainingLoss(total, next_token, mtp, balance, tuple(loads))
 
 
-def next_token_loss(model: KExaone, ids_BT: Tensor) -> Tensor:
+def next_token_loss(model: KExaone, ids_BT: Tensor, *, ranks: Ranks | None = None) -> Tensor:
     """Only the next-token part of `training_loss`: mean cross-entropy in nats, a scalar."""
+    ranks = ranks or Ranks()
     batch, length = ids_BT.shape
     packing = Packing.of([length] * batch, starts=None, device=ids_BT.device)
-    hidden_BTH = model.features(ids_BT.flatten(), packing).hidden_NH.view(batch, length, -1)
-    return _cross_entropy(model, hidden_BTH[:, :-1], ids_BT[:, 1:])
+    hidden_NH = model.features(ranks.piece(ids_BT).flatten(), packing).hidden_NH
+    return _cross_entropy(model, hidden_NH, ids_BT, ahead=1, ranks=ranks)
 
 
 def balance_loss(balance: Balance) -> Tensor:
@@ -111,23 +123,29 @@ def update_router_bias(model: KExaone, loads: Sequence[Tensor], *, rate: float =
         bias_E += rate * direction_E.to(bias_E.dtype)
 
 
-def _cross_entropy(model: KExaone, hidden_BTH: Tensor, targets_BT: Tensor) -> Tensor:
-    hidden_NH, targets_N = hidden_BTH.flatten(0, 1), targets_BT.flatten()
-    return linear_cross_entropy(hidden_NH, model.lm_head.weight, targets_N).loss
-
-
-def _mtp_loss(model: KExaone, hidden_BTH: Tensor, ids_BT: Tensor, depths: int) -> Tensor:
+def _cross_entropy(
+    model: KExaone, hidden_NH: Tensor, ids_BT: Tensor, *, ahead: int, ranks: Ranks
+) -> Tensor:
+    """This rank's share of the mean loss of predicting the token `ahead` of each that has one."""
     batch, length = ids_BT.shape
+    piece = length // ranks.tp
+    first = ranks.tp_rank * piece
+    # tokens of this rank's piece of a sequence that have something to predict
+    live = max(0, min(piece, length - ahead - first))
+    hidden = hidden_NH.view(batch, piece, -1)[:, :live].flatten(0, 1)
+    targets = ids_BT[:, first + ahead : first + ahead + live].flatten()
+    loss = linear_cross_entropy(hidden, model.lm_head.weight, targets).loss
+    return loss * (live / ((length - ahead) * ranks.dp)) if ranks.world > 1 else loss
+
+
+def _mtp_loss(
+    model: KExaone, hidden_NH: Tensor, ids_BT: Tensor, packing: Packing, ranks: Ranks
+) -> Tensor:
     losses = []
-    for k in range(depths):
-        kept = length - 2 - k  # tokens that still have something to predict
-        packing = Packing.of([kept] * batch, starts=None, device=ids_BT.device)
-        hidden_NH = model.predict_further(
-            hidden_BTH[:, :kept].flatten(0, 1),
-            ids_BT[:, 1 + k : 1 + k + kept].flatten(),
-            packing,
-            step=k,
-        )
-        hidden_BTH = hidden_NH.view(batch, kept, -1)
-        losses.append(_cross_entropy(model, hidden_BTH, ids_BT[:, 2 + k :]))
+    for k in range(model.config.mtp_steps):
+        # behind a sequence's end stands its beginning, which nothing sees that is predicted from
+        further_BT = ids_BT.roll(-1 - k, 1)
+        next_N = ranks.piece(further_BT).flatten()
+        hidden_NH = model.predict_further(hidden_NH, next_N, packing, step=k)
+        losses.append(_cross_entropy(model, hidden_NH, ids_BT, ahead=2 + k, ranks=ranks))
     return torch.stack(losses).mean()

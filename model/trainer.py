@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import dataclasses
 import json
+import logging
 import math
 import os
-import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,14 +19,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..files import atomic_directory
+from .config import Config
 from .data import DataError, Windows
-from .losses import next_token_loss, training_loss, update_router_bias
+from .losses import update_router_bias
 from .optimizer import MuonAdamW, clip_gradients
+from .parallel.checkpoint import RECORD, STATE, load_state, save_state
+from .parallel.ranks import Ranks, local
+from .parallel.shard import shard
 from .schedule import learning_rate
+from .step_folders import drop_old, folder_of, latest, random_state, remove, step_of
 from .transformer import KExaone
 
-MODEL, OPTIMIZER, TRAINER = "model", "optimizer.safetensors", "trainer.json"
-KEPT_CHECKPOINTS = 2
+MODEL, OPTIMIZER, CONFIG = "model", "optimizer.safetensors", "config"
 MAX_RATE, MAX_PASS = 1e6, 1 << 24
 
 
@@ -41,7 +44,8 @@ class TrainSettings:
 
     One step takes `accumulation` batches of `batch_size` windows. The learning rate rises for
     `warmup` steps and falls over the last `decay_fraction` of all `steps`; a run too short for
-    both cuts the warmup. `save_every` 0 saves only at the end.
+    both cuts the warmup. `save_every` 0 saves only at the end. `not_finite` says what to do about a
+    gradient that is NaN or infinite: "raise", or "skip" its batches.
 
     Raises:
         TrainingError: if a field is out of range.
@@ -61,10 +65,15 @@ class TrainSettings:
     bias_rate: float = 1e-4
     seed: int = 0
     save_every: int = 0
+    not_finite: str = "raise"
 
     def __post_init__(self) -> None:
+        if self.not_finite not in ("raise", "skip"):
+            raise TrainingError(f"not_finite must be 'raise' or 'skip', got {self.not_finite!r}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if field.type == "str":
+                continue
             kinds = int if field.type == "int" else int | float
             if not isinstance(value, kinds) or isinstance(value, bool) or not math.isfinite(value):
                 raise TrainingError(f"{field.name} must be a finite {field.type}, got {value!r}")
@@ -116,17 +125,25 @@ class StepReport:
     grad_norm: float
     lr: float
     tokens: int
+    skipped: bool = False
 
 
 class Trainer:
     """Trains a model in place.
 
+    With `ranks`, one of the processes that train it together: `model` must be the same on all of
+    them and is spread over them. A batch is that of all, whatever their number.
+
     Raises:
+        ParallelError: if the model or its batches do not divide among the ranks.
         DataError: if windows and settings disagree on the length, or a token is not in the
             model's vocabulary.
     """
 
-    def __init__(self, model: KExaone, data: Windows, settings: TrainSettings) -> None:
+    def __init__(
+        self, model: KExaone, data: Windows, settings: TrainSettings, ranks: Ranks | None = None
+    ) -> None:
+        self.ranks = ranks or Ranks()
         if data.length != settings.sequence_length:
             raise DataError(
                 f"windows have {data.length} tokens, settings ask for {settings.sequence_length}"
@@ -136,10 +153,14 @@ class Trainer:
             raise DataError(
                 f"tokens {low}..{high} do not fit a vocabulary of {model.config.vocab_size}"
             )
+        self.ranks.check(
+            model.config, batch_size=settings.batch_size, sequence_length=settings.sequence_length
+        )
         self.model = model
+        self.losses = shard(model, self.ranks)
         self.data = data
         self.settings = settings
-        self.optimizer = MuonAdamW(model, weight_decay=settings.weight_decay)
+        self.optimizer = MuonAdamW(model, weight_decay=settings.weight_decay, ranks=self.ranks)
         self.steps_done = 0
 
     @property
@@ -149,8 +170,12 @@ class Trainer:
     def step(self) -> StepReport:
         """One optimizer step.
 
+        Where a loss or the gradient is not finite, the model is left as it was: the batch is
+        passed over if the settings say "skip".
+
         Raises:
-            TrainingError: if the gradient is not finite; the model is then left as it was.
+            TrainingError: if they say "raise". The message names the step, the first tensors that
+                are not finite and the ranks that hold them.
         """
         s = self.settings
         self.model.train()
@@ -159,36 +184,69 @@ class Trainer:
         loads: list[Tensor] = []
         for i in range(s.accumulation):
             ids_BT = self.data.batch(self.steps_done * s.accumulation + i, s.batch_size)
-            result = training_loss(
-                self.model,
-                ids_BT.to(self.device),
+            parts = self.losses(
+                self.ranks.sequences(ids_BT).to(self.device),
                 mtp_weight=s.mtp_weight,
                 balance_weight=s.balance_weight,
             )
-            (result.total / s.accumulation).backward()
-            parts = (result.total, result.next_token, result.mtp, result.balance)
-            sums += torch.stack([part.detach() for part in parts])
-            new = result.expert_loads
-            loads = [a + b for a, b in zip(loads, new, strict=True)] if loads else list(new)
-        norm = clip_gradients(self.optimizer.parameters, s.clip)
+            (parts[0] / s.accumulation).backward()
+            sums += torch.stack([part.detach() for part in parts[:4]])
+            loads = [a + b for a, b in zip(loads, parts[4:], strict=True)] if loads else parts[4:]
+        own = sums.clone()
+        sums = self.ranks.sum(sums)
+        norm = clip_gradients(self.optimizer.parameters, s.clip, self.ranks)
         measured = torch.cat([sums / s.accumulation, norm.float().view(1)]).tolist()
         loss, next_token, mtp, balance, grad_norm = measured
-        if not math.isfinite(grad_norm):
+        lr = s.rate(self.steps_done)
+        tokens = s.accumulation * s.batch_size * s.sequence_length
+        skipped = not math.isfinite(grad_norm + loss)
+        if skipped:
+            found = self._not_finite(own)
             self.optimizer.zero_grad()
-            raise TrainingError(
-                f"the gradient of step {self.steps_done} is not finite (loss {loss}); "
+            message = (
+                f"the gradient of step {self.steps_done} is not finite (loss {loss}): {found}; "
                 f"a lower learning rate may help"
             )
-        lr = s.rate(self.steps_done)
-        self.optimizer.step(lr)
-        self.optimizer.zero_grad()
-        update_router_bias(self.model, loads, rate=s.bias_rate)
+            if s.not_finite == "raise":
+                raise TrainingError(message)
+            if self.ranks.rank == 0:
+                logging.getLogger(__name__).warning("skipped: %s", message)
+        else:
+            self.optimizer.step(lr)
+            self.optimizer.zero_grad()
+            if loads:
+                loads = list(self.ranks.sum(torch.stack(list(loads))))
+            update_router_bias(self.model, loads, rate=s.bias_rate)
         self.steps_done += 1
-        tokens = s.accumulation * s.batch_size * s.sequence_length
-        return StepReport(self.steps_done, loss, next_token, mtp, balance, grad_norm, lr, tokens)
+        return StepReport(
+            self.steps_done, loss, next_token, mtp, balance, grad_norm, lr, tokens, skipped
+        )
 
-    def run(self, folder: str | os.PathLike[str], report: Callable[[StepReport], None]) -> None:
+    def _not_finite(self, losses: Tensor) -> str:
+        """The first tensors that are NaN or infinite, and on which rank; all ranks must call it."""
+        names = [
+            name
+            for name, value in zip(("loss", "next_token", "mtp", "balance"), losses, strict=True)
+            if not value.isfinite()
+        ][:1]
+        for name, parameter in self.model.named_parameters():
+            grad = parameter.grad
+            if len(names) < 3 and grad is not None and not local(grad).isfinite().all():
+                names.append(f"gradient of {name}")
+        found = self.ranks.gather(names)
+        texts = [f"{', '.join(x)} on rank {i}" for i, x in enumerate(found) if x]  # type: ignore
+        return "; ".join(texts[:4]) or "the sum of finite gradients"
+
+    def run(
+        self,
+        folder: str | os.PathLike[str],
+        report: Callable[[StepReport], None],
+        *,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Train up to `settings.steps`, saving under `folder` as set and at the end.
+
+        Once `stop` is true on any rank, all save and return after the step they are in.
 
         Raises:
             TrainingError: before the first step if `save` would refuse `folder`, or by `step`.
@@ -197,8 +255,11 @@ class Trainer:
         every, total = self.settings.save_every, self.settings.steps
         while self.steps_done < total:
             report(self.step())
-            if self.steps_done == total or (every and self.steps_done % every == 0):
+            stopping = bool(self.ranks.sum(torch.tensor(int(stop()), device=self.device)))
+            if self.steps_done == total or stopping or (every and self.steps_done % every == 0):
                 self.save(folder)
+            if stopping:
+                return
 
     @torch.no_grad()
     def evaluate(self, windows: Windows, batches: int) -> float:
@@ -210,9 +271,10 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for i in range(batches):
             ids_BT = windows.batch(i, self.settings.batch_size).to(self.device)
-            total += next_token_loss(self.model, ids_BT)
+            total += self.losses(self.ranks.sequences(ids_BT), only_next=True)[0]
+        self.losses.reshard()
         self.model.train(training)
-        return float(total) / batches
+        return float(self.ranks.sum(total)) / batches
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `folder`/step-NNNNNNNN, whole or not at all, and drop all but the last two.
@@ -226,15 +288,26 @@ class Trainer:
         """
         folder = Path(folder)
         self._refuse_later(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove(folder, ".step-*.tmp-*")
-        target = folder / f"step-{self.steps_done:08d}"
+        target = folder / folder_of(self.steps_done)
         record = {
             "settings": dataclasses.asdict(self.settings),
             "step": self.steps_done,
             "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
             "data": self.data.fingerprint,
         }
+        if self.ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove(folder, ".step-*.tmp-*")
+        if self.ranks.world > 1:
+            record[CONFIG] = self.model.config.to_hf()
+            save_state(self._state(), target, self.ranks, json.dumps(record, indent=2) + "\n")
+        else:
+            self._save_alone(target, json.dumps(record, indent=2) + "\n")
+        if self.ranks.rank == 0:
+            drop_old(folder)
+        return target
+
+    def _save_alone(self, target: Path, record: str) -> None:
         with atomic_directory(target) as temporary:
             self.model.save_pretrained(temporary / MODEL)
             state = {k: v.contiguous() for k, v in self.optimizer.state_dict().items()}
@@ -242,16 +315,16 @@ class Trainer:
                 save_file(state, temporary / OPTIMIZER)
             except SafetensorError as error:
                 raise OSError(f"cannot write {target / OPTIMIZER}: {error}") from error
-            (temporary / TRAINER).write_text(json.dumps(record, indent=2) + "\n")
-        for old in _whole(folder)[:-KEPT_CHECKPOINTS]:
-            # renamed first: a kill in the middle must not leave half a folder under a good name
-            old.rename(old.with_name(f".{old.name}.old"))
-        _remove(folder, ".step-*")
-        return target
+            (temporary / RECORD).write_text(record)
+
+    def _state(self) -> dict[str, Tensor]:
+        """Model and optimizer, each tensor as far as this rank holds it."""
+        state = {f"model.{k}": v.detach() for k, v in self.model.state_dict().items()}
+        return state | {f"optimizer.{k}": v for k, v in self.optimizer.state_dict().items()}
 
     def _refuse_later(self, folder: Path) -> None:
         newest = latest(folder)
-        if newest is not None and _step_of(newest) > self.steps_done:
+        if newest is not None and step_of(newest) > self.steps_done:
             raise TrainingError(
                 f"{folder} holds {newest.name}, later than step {self.steps_done}; resume from "
                 f"it or use another folder"
@@ -264,6 +337,7 @@ class Trainer:
         data: Windows,
         *,
         device: torch.device | str = "cpu",
+        ranks: Ranks | None = None,
     ) -> Trainer:
         """Go on exactly where a run was saved; also sets torch's CPU random state.
 
@@ -271,21 +345,24 @@ class Trainer:
             folder: one step's folder, or the folder of a run, whose latest step is taken.
             data: the windows the run was trained on.
             device: where to train.
+            ranks: the processes that go on; there may be more or fewer than before.
 
         Raises:
             TrainingError: if there is no whole checkpoint, or its files cannot be read or do not
                 belong together.
             DataError: if `data` is not what the run was trained on.
         """
-        source = Path(folder) if _step_of(Path(folder)) >= 0 else latest(folder)
-        if source is None or not (source / TRAINER).is_file():
+        source = Path(folder) if step_of(Path(folder)) >= 0 else latest(folder)
+        if source is None or not (source / RECORD).is_file():
             raise TrainingError(f"no checkpoint to resume from in {folder}")
         try:
-            record: dict[str, Any] = json.loads((source / TRAINER).read_text())
+            record: dict[str, Any] = json.loads((source / RECORD).read_text())
             settings = TrainSettings(**record["settings"])
             step, fingerprint = int(record["step"]), str(record["data"])
-            rng = _random_state(record["rng"])
-            state = load_file(source / OPTIMIZER)
+            rng = random_state(record["rng"])
+            shared = (source / STATE).is_dir()
+            config = Config.from_hf(record[CONFIG]) if shared else None
+            state = {} if shared else load_file(source / OPTIMIZER)
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise TrainingError(f"cannot resume from {source}: {error}") from error
         if fingerprint != data.fingerprint:
@@ -293,45 +370,14 @@ class Trainer:
                 f"{source} was trained on other data: text, window length or seed differ"
             )
         try:
-            model = KExaone.from_pretrained(source / MODEL)
-            trainer = cls(model.to(device), data, settings)
-            trainer.optimizer.load_state_dict(state)
+            model = KExaone(config) if config else KExaone.from_pretrained(source / MODEL)
+            trainer = cls(model.to(device), data, settings, ranks)
+            if shared:
+                load_state(trainer._state(), source, trainer.ranks)
+            else:
+                trainer.optimizer.load_state_dict(state)
         except ValueError as error:
             raise TrainingError(f"cannot resume from {source}: {error}") from error
         trainer.steps_done = step
         torch.set_rng_state(rng)
         return trainer
-
-
-def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole step folder of a run, or None."""
-    return max(_whole(Path(folder)), key=_step_of, default=None)
-
-
-def _whole(folder: Path) -> list[Path]:
-    """Step folders under their final name, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if _step_of(p) >= 0 and (p / TRAINER).is_file()]
-    return sorted(found, key=_step_of)
-
-
-def _step_of(path: Path) -> int:
-    match = re.fullmatch(r"step-(\d{8,})", path.name)
-    return int(match[1]) if match else -1
-
-
-def _remove(folder: Path, pattern: str) -> None:
-    for doomed in folder.glob(pattern):
-        shutil.rmtree(doomed)
-
-
-def _random_state(text: str) -> Tensor:
-    """Torch's CPU random state from base64, checked but not set."""
-    data = bytearray(base64.b64decode(text, validate=True))
-    size = len(torch.get_rng_state())
-    if len(data) != size:
-        raise ValueError(f"the random state must have {size} bytes, got {len(data)}")
-    state = torch.frombuffer(data, dtype=torch.uint8)
-    torch.Generator().set_state(state)
-    return state

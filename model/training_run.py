@@ -17,6 +17,10 @@ from . import console as ui
 from .allocator import keep_freed_memory
 from .config import Config
 from .data import DataError, Windows, encode_bytes, read_corpus, stdlib_source, tokenize
+from .parallel.ranks import Ranks, connect, restarted
+from .parallel.shard import gathered
+from .step_folders import latest
+from .stopping import stop_on_signals
 from .tokenizer import FILE, byte_tokenizer, load_tokenizer
 from .trainer import StepReport, Trainer, TrainSettings
 from .transformer import KExaone
@@ -43,6 +47,8 @@ class Options:
     tokenizer: Path | None = None
     data: tuple[Path, ...] = ()
     resume: bool = False
+    tp: int = 1
+    ep: int = 1
     settings: dict[str, Any] = field(default_factory=dict)
 
 
@@ -83,8 +89,16 @@ def read_data(paths: tuple[Path, ...], config: Config, tokenizer_folder: Path | 
 
 
 def run_training(options: Options, terminal: Console) -> dict[str, Any]:
-    """Train as asked, show progress, save; returns the measurements for `--json`."""
+    """Train as asked, show progress, save; returns the measurements for `--json`.
+
+    Under torchrun every process calls this. After a restart, the run goes on from its newest
+    checkpoint, if it has one.
+    """
     settings = TrainSettings(**options.settings)
+    ranks = connect(tp=options.tp, ep=options.ep)
+    terminal.quiet = terminal.quiet or ranks.rank > 0
+    if restarted() and latest(options.out) is not None:
+        options = replace(options, resume=True)
     check_folder(options.out)
     config = Config.from_hf(options.model) if options.model else Config.preset(options.preset)
     if settings.sequence_length > config.max_position_embeddings:
@@ -97,7 +111,7 @@ def run_training(options: Options, terminal: Console) -> dict[str, Any]:
     ui.check_memory(12 * size, f"training {size:,} parameters")
     corpus = read_data(options.data, config, options.tokenizer or options.model)
     windows = Windows(corpus.train, settings.sequence_length, seed=settings.seed)
-    trainer = _trainer(options, settings, config, windows)
+    trainer = _trainer(options, settings, config, windows, ranks)
     before = trainer.steps_done
     terminal.print(
         f"training {config.parameter_counts()['total']:,} parameters on {len(corpus.train):,} "
@@ -105,13 +119,20 @@ def run_training(options: Options, terminal: Console) -> dict[str, Any]:
     )
     reports = train_with_progress(trainer, options.out, terminal)
     result: dict[str, Any] = {
+        "rank": ranks.rank,
         "steps": trainer.steps_done,
         "resumed_from": before if options.resume else None,
         "losses": [[r.step, r.next_token] for r in reports],
-        "validation_loss": validation_loss(trainer, corpus.validation),
+        "skipped": [r.step for r in reports if r.skipped],
     }
+    if trainer.steps_done < trainer.settings.steps:
+        terminal.print(f"stopped and saved at step {trainer.steps_done}; --resume goes on")
+        return result
+    result["validation_loss"] = validation_loss(trainer, corpus.validation)
     final = options.out / "model"
-    export(trainer.model, corpus.tokenizer, final)
+    whole = gathered(trainer.model, ranks)
+    if whole is not None:
+        export(whole, corpus.tokenizer, final)
     if result["validation_loss"] is not None:
         terminal.print(f"validation loss {result['validation_loss']:.4f} nats per token")
     terminal.print(f"saved {final}")
@@ -119,14 +140,14 @@ def run_training(options: Options, terminal: Console) -> dict[str, Any]:
 
 
 def _trainer(
-    options: Options, settings: TrainSettings, config: Config, windows: Windows
+    options: Options, settings: TrainSettings, config: Config, windows: Windows, ranks: Ranks
 ) -> Trainer:
     if not options.resume:
         torch.manual_seed(settings.seed)
         source = options.model
         model = KExaone.from_pretrained(source) if source else KExaone(config)
-        return Trainer(model, windows, settings)
-    trainer = Trainer.resume(options.out, windows)
+        return Trainer(model, windows, settings, ranks)
+    trainer = Trainer.resume(options.out, windows, ranks=ranks)
     # a longer run may go on with more steps; everything else must stay as it was
     if replace(settings, steps=1) != replace(trainer.settings, steps=1):
         raise DataError("the options differ from those of the run to resume")
@@ -168,7 +189,8 @@ def train_with_progress(
             while trainer.steps_done < trainer.settings.steps:
                 show(trainer.step())
         else:
-            trainer.run(out, show)
+            with stop_on_signals() as stop:
+                trainer.run(out, show, stop=stop)
     return reports
 
 

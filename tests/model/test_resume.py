@@ -34,6 +34,7 @@ from training_cases import (
 
 from kexaone import Config, KExaone
 from kexaone.model.data import DataError, Windows
+from kexaone.model.stopping import stop_on_signals
 from kexaone.model.trainer import StepReport, Trainer, TrainingError, latest
 from kexaone.model.training_run import Options, run_training
 
@@ -204,6 +205,27 @@ def test_command_resumes_with_the_same_options_only(tmp_path: Path) -> None:
     text.write_bytes(b"other")
     with pytest.raises(DataError):
         train(resume=True, steps=3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_run_after_its_step(tmp_path: Path, number: int) -> None:
+    whole = new_trainer()
+    expected = [whole.step() for _ in range(STEPS)]
+    before = signal.getsignal(number)
+    seen: list[StepReport] = []
+
+    def report(done: StepReport) -> None:
+        seen.append(done)
+        if done.step == 2:
+            os.kill(os.getpid(), number)
+
+    with stop_on_signals() as stop:
+        new_trainer().run(tmp_path, report, stop=stop)
+        assert stop() and signal.getsignal(number) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000002"] and seen == expected[:2]
+    resumed = Trainer.resume(tmp_path, windows())
+    assert [resumed.step() for _ in range(2, STEPS)] == expected[2:]
+    assert signal.getsignal(number) == before
 
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "ctypes.dlsym"}
