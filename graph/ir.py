@@ -28,7 +28,12 @@ def name_of(node: Any) -> str:
     target = getattr(node, "target", None)
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__name__", str(target)) if isinstance(node, Node) else ""
-    space, _, name = target.overloadpacket._qualified_op_name.partition("::")
+    return operator_name(target)
+
+
+def operator_name(op: torch._ops.OpOverload) -> str:
+    """`add` for aten.add.Tensor, `kexaone.swiglu` for an op of ours."""
+    space, _, name = op.overloadpacket._qualified_op_name.partition("::")
     return name if space == "aten" else f"{space}.{name}"
 
 

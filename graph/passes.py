@@ -15,8 +15,8 @@ from .ir import Refused, Rewrite, where
 from .normalize import normalize
 
 ORDER = (
-    "rms_norm", "qk_norm_rope", "add_rms_norm", "attention", "route", "experts", "swiglu",
-    "cross_entropy",
+    "embedding", "rms_norm", "qk_norm_rope", "add_rms_norm", "attention", "route", "experts",
+    "swiglu", "cross_entropy",
 )  # fmt: skip
 """Modules of this folder, each with a `PASS`."""
 
@@ -66,8 +66,10 @@ class Report:
         return [p for p in self.places if p.reason]
 
 
-def suite() -> list[Pass]:
-    return [import_module(f".{name}", __package__).PASS for name in ORDER]
+def suite(*, fp8: bool = False) -> list[Pass]:
+    """The passes in their order; `fp8` comes last, as it casts what the others put in."""
+    names = (*ORDER, "fp8") if fp8 else ORDER
+    return [import_module(f".{name}", __package__).PASS for name in names]
 
 
 def rewrite(module: GraphModule, *, training: bool, passes: list[Pass] | None = None) -> Report:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._functorch.config
 import torch._inductor.config
 import torch.compiler.config
 import torch.fx.traceback
@@ -22,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
+from torch.utils.checkpoint import CheckpointPolicy
 
 
 def example_values(module: GraphModule) -> list[Any]:
@@ -74,6 +76,25 @@ def storage_of(value: Any) -> int | None:
 def inductor(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """Compile with Inductor, gradients included."""
     return torch._dynamo.lookup_backend("inductor")(module, list(inputs))
+
+
+def operator_by_operator(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Cut into forward and backward as for Inductor, and run as it is."""
+    return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(module, list(inputs))
+
+
+def keep(node: torch.fx.Node) -> None:
+    """Tell the partitioner never to compute a node twice."""
+    node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def fewest_bytes() -> Any:
+    """In this scope the partitioner may compute again whatever `keep` does not forbid."""
+    return torch._functorch.config.patch(
+        ban_recompute_not_in_allowlist=False, ban_recompute_used_far_apart=False,
+        ban_recompute_long_fusible_chains=False, ban_recompute_materialized_backward=False,
+        ban_recompute_reductions=False, max_dist_from_bw=1000,
+    )  # fmt: skip
 
 
 @contextmanager

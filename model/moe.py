@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..kernels.dispatch import choose
 from ..kernels.experts import moe_experts
 from ..kernels.experts_fp8 import moe_experts_fp8
+from ..kernels.experts_fp8_training import moe_experts_fp8_training
 from ..kernels.grouping import group_by_expert
 from ..kernels.quantize import QuantizedRows
 from ..kernels.route import route
@@ -82,6 +83,7 @@ class Experts(nn.Module):
         self.register_buffer("gate_up_proj_scale", None)
         self.register_buffer("down_proj_scale", None)
         self.limit = limit
+        self.training_fp8 = False
 
     def forward(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """Sum over the chosen experts of weight x expert(x), [T, H]; weighted after down_proj."""
@@ -90,6 +92,9 @@ class Experts(nn.Module):
             return self._one_by_one(x_TH, routing)
         groups = group_by_expert(routing.ids_TK, experts=len(self.gate_up_proj))
         sorted_rows = routing.weights_TK, groups.offsets, groups.order
+        if self.training_fp8 and torch.is_grad_enabled() and not scaled:
+            return moe_experts_fp8_training(x_TH, self.gate_up_proj, self.down_proj, *sorted_rows,
+                                            limit=self.limit)  # fmt: skip
         if self.gate_up_proj_scale is None or self.down_proj_scale is None:
             return moe_experts(x_TH, self.gate_up_proj, self.down_proj, *sorted_rows,
                                limit=self.limit)  # fmt: skip

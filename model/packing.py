@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
+
+
+class once(Generic[T]):
+    """`functools.cached_property` without its lock, which torch.compile cannot enter."""
+
+    def __init__(self, compute: Callable[[Any], T]) -> None:
+        self.compute, self.__doc__ = compute, compute.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, holder: Any, owner: type) -> T:
+        if holder is None:
+            return self  # pyright: ignore[reportReturnType]
+        found = self.compute(holder)
+        # where Python looks before it comes here again; the holder may be frozen
+        object.__setattr__(holder, self.name, found)
+        return found
 
 
 @dataclass(frozen=True)
@@ -36,6 +56,16 @@ class Packing:
     ) -> Packing:
         return cls(tuple(lengths), tuple(starts or [0] * len(lengths)), device)
 
+    @classmethod
+    def rectangle(cls, batch: int, length: int, *, device: torch.device) -> Packing:
+        """`batch` sequences of `length` tokens, all of them new."""
+        return Rectangle(batch, length, device)
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return len(self.lengths)
+
     @property
     def ends(self) -> tuple[int, ...]:
         """Position after the last token of each sequence."""
@@ -58,26 +88,26 @@ class Packing:
         Its sequences may reach `capacity` positions, and stand on the host as if they had.
         """
         fixed = cls(lengths, tuple(capacity - n for n in lengths), device)
-        # where a cached property looks first
+        # where `once` puts what it computed
         vars(fixed).update(buffers)
         return fixed
 
-    @cached_property
+    @once
     def turns(self) -> tuple[Tensor, Tensor] | None:
         """Rotary cos and sin of the tokens, [N, 1, D/2] each, where they are at hand."""
         return None
 
-    @cached_property
+    @once
     def cu_seqlens(self) -> Tensor:
         """Where each sequence starts in the pack, and the end of the last, int32 [B + 1]."""
         return torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, device=self.device)
 
-    @cached_property
+    @once
     def held(self) -> Tensor:
         """`ends` on the device, int32 [B]."""
         return torch.tensor(self.ends, dtype=torch.int32, device=self.device)
 
-    @cached_property
+    @once
     def rows(self) -> Tensor:
         """Sequence index of each packed token, int64 [N]."""
         lengths = torch.tensor(self.lengths, device=self.device)
@@ -85,13 +115,13 @@ class Packing:
             lengths, output_size=self.total
         )
 
-    @cached_property
+    @once
     def columns(self) -> Tensor:
         """Index of each packed token within its sequence in this pack, int64 [N]."""
         firsts = torch.tensor((0, *self.lengths), device=self.device).cumsum(0)[:-1]
         return torch.arange(self.total, device=self.device) - firsts[self.rows]
 
-    @cached_property
+    @once
     def positions(self) -> Tensor:
         """Absolute position of each packed token in its sequence, int64 [N]."""
         return self.columns + torch.tensor(self.starts, device=self.device)[self.rows]
@@ -100,14 +130,14 @@ class Packing:
     def uniform(self) -> bool:
         return len(set(self.lengths)) == 1
 
-    @cached_property
+    @once
     def last(self) -> Tensor:
         """Packed index of the last token of each sequence, int64 [B]; needs no empty sequence."""
         return torch.tensor(self.lengths, device=self.device).cumsum(0) - 1
 
     def pad(self, x: Tensor) -> Tensor:
         """[N, ...] -> [B, longest, ...], zeros after the end of each sequence."""
-        shape = (len(self.lengths), self.longest, *x.shape[1:])
+        shape = (self.batch, self.longest, *x.shape[1:])
         if self.uniform:
             return x.view(shape)
         return x.new_zeros(shape).index_put((self.rows, self.columns), x)
@@ -117,3 +147,67 @@ class Packing:
         if self.uniform:
             return x.reshape(self.total, *x.shape[2:])
         return x[self.rows, self.columns]
+
+
+class Rectangle(Packing):
+    """Sequences of one length that start at position 0: one graph of torch.compile for all sizes.
+
+    Everything is computed from two numbers, which may be symbolic; `lengths` and `starts`, which a
+    graph would be compiled anew for, exist only where they are asked for.
+    """
+
+    def __init__(self, batch: int, length: int, device: torch.device) -> None:
+        for name, found in (("sizes", (batch, length)), ("device", device)):
+            object.__setattr__(self, name, found)
+
+    sizes: tuple[int, int]
+
+    @property
+    def batch(self) -> int:
+        return self.sizes[0]
+
+    @property
+    def longest(self) -> int:
+        return self.sizes[1]
+
+    @property
+    def total(self) -> int:
+        return self.batch * self.longest
+
+    @property
+    def uniform(self) -> bool:
+        return True
+
+    @property
+    def lengths(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (self.longest,) * self.batch
+
+    @property
+    def starts(self) -> tuple[int, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return (0,) * self.batch
+
+    @once
+    def cu_seqlens(self) -> Tensor:
+        starts = torch.arange(self.batch + 1, dtype=torch.int32, device=self.device)
+        return starts * self.longest
+
+    @once
+    def held(self) -> Tensor:
+        return self.last.new_full((self.batch,), self.longest, dtype=torch.int32)
+
+    @once
+    def rows(self) -> Tensor:
+        sequences = torch.arange(self.batch, device=self.device)
+        return sequences[:, None].expand(self.sizes).reshape(-1)
+
+    @once
+    def columns(self) -> Tensor:
+        return torch.arange(self.longest, device=self.device).repeat(self.batch)
+
+    @once
+    def positions(self) -> Tensor:
+        return self.columns
+
+    @once
+    def last(self) -> Tensor:
+        return (torch.arange(self.batch, device=self.device) + 1) * self.longest - 1

@@ -20,6 +20,7 @@ from .config import Config
 from .layers import RMSNorm, SwiGLU, rope_tables
 from .moe import Experts, MoE, Router, Routing
 from .packing import Packing
+from .recompute import recomputed
 
 if TYPE_CHECKING:
     from .generation import Generation
@@ -72,11 +73,15 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and final norm."""
+    """Embedding, blocks and final norm.
+
+    `recompute` says what training keeps of each block: see `kexaone.model.recompute`.
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.config = cfg
+        self.recompute = "nothing"
         self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(
@@ -93,8 +98,14 @@ class Decoder(nn.Module):
     def forward(self, ids_N: Tensor, packing: Packing, *, cache: Cache | None = None) -> Features:
         rope = rope_of(packing, self.config)
         x, routings = self.embed_tokens(ids_N), []
+        # a cache changes in place, and only once
+        policy = self.recompute if cache is None else "nothing"
+        if policy != "nothing":
+            # kept by the packing: a block that is computed again may change nothing outside it
+            _ = packing.cu_seqlens
         for i, layer in enumerate(self.layers):
-            x, routing = layer(x, packing, rope=rope, cache=cache.layers[i] if cache else None)
+            held = cache.layers[i] if cache else None
+            x, routing = recomputed(policy, layer, x, packing, rope=rope, cache=held)
             if routing is not None:
                 routings.append(routing)
         return Features(self.norm(x), tuple(routings))
@@ -237,6 +248,11 @@ class KExaone(nn.Module):
                 raise ValueError(f"lengths add up to {sum(counts)}, input has {len(input_ids)}")
         elif lengths is not None:
             raise ValueError(f"lengths go with a packed [N] input, got {tuple(input_ids.shape)}")
+        elif attention_mask is None and cache is None:
+            batch, length = input_ids.shape
+            self._check_context(length)
+            # counts on the host would be part of a compiled graph
+            return Packing.rectangle(batch, length, device=input_ids.device), None
         elif attention_mask is None:
             counts = [input_ids.shape[1]] * len(input_ids)
         else:
@@ -251,12 +267,13 @@ class KExaone(nn.Module):
                 raise ValueError("attention_mask hides every token")
         if cache is not None:
             return cache.packing(counts), real
-        if max(counts) > self.config.max_position_embeddings:
-            raise ValueError(
-                f"context of {max(counts)} tokens exceeds the model's "
-                f"{self.config.max_position_embeddings}"
-            )
+        self._check_context(max(counts))
         return Packing.of(counts, starts=None, device=input_ids.device), real
+
+    def _check_context(self, longest: int) -> None:
+        most = self.config.max_position_embeddings
+        if longest > most:
+            raise ValueError(f"context of {longest} tokens exceeds the model's {most}")
 
     def generate(
         self, input_ids: Tensor | list[list[int]], *, max_new_tokens: int = 64, **options: Any

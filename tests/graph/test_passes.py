@@ -55,6 +55,25 @@ def test_swiglu_is_found_and_equal(rows, columns, dtype, layout, seed):
     assert rewritten(p.sliced_mlp, [both])[1].matches == {"swiglu": 1}
 
 
+@given(rows=rows, padding=st.sampled_from([-1, 3]), dtype=dtypes, layout=layouts,
+       batched=st.booleans(), seed=seeds)  # fmt: skip
+def test_lookups_are_found_and_equal(rows, padding, dtype, layout, batched, seed):
+    table = laid_out(normal(9, 64, seed=seed, dtype=dtype), layout)
+    ids = torch.randint(0, 9, (1, rows) if batched else (rows,), generator=generator(seed))
+
+    def function(table, ids):
+        return torch.ops.aten.embedding(table, ids, padding)
+
+    assert validate(function, [table, ids], seed=seed).matches == {"embedding": 1}
+
+
+def test_lookups_scaled_by_frequency_stay():
+    def function(table):
+        return F.embedding(torch.tensor([1, 1, 2]), table, scale_grad_by_freq=True)
+
+    assert "frequency" in rewritten(function, [normal(9, 64)])[1].refusals[0].reason
+
+
 few_dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 
 

@@ -11,6 +11,7 @@ from kexaone.graph import (
     add_rms_norm,
     attention,
     cross_entropy,
+    embedding,
     experts,
     ir,
     qk_norm_rope,
@@ -45,6 +46,9 @@ PLANTED = {
     "a weight moved by one": (
         p.llama_norm, [X, W], rms_norm.ops, "rms_norm",
         lambda f: lambda x, w, eps: f(x, w.roll(1), eps=eps)),
+    "the gradient of the next row": (
+        lambda t, i: torch.ops.aten.embedding(t, i, -1), [X, torch.tensor([1, 1, 5])], embedding,
+        "_embedding", lambda f: lambda t, i, p: f(t.detach(), i, p) + t[i + 1] - t[i + 1].detach()),
     "a dropped residual": (
         p.residual_norm, [X, normal(9, 64, seed=5), W], add_rms_norm.ops, "add_rms_norm",
         lambda f: lambda a, b, w, eps: f(a, b * 0, w, eps=eps)),
