@@ -65,7 +65,7 @@ def training_loss(
             f"training needs ids of shape [B, T] with T >= {2 + depths}, got {tuple(ids_BT.shape)}"
         )
     batch, length = ids_BT.shape
-    packing = Packing.of([length] * batch, starts=None, device=ids_BT.device)
+    packing = Packing.rectangle(batch, length, device=ids_BT.device)
     features = model.features(ranks.piece(ids_BT).flatten(), packing)
     next_token = _cross_entropy(model, features.hidden_NH, ids_BT, ahead=1, ranks=ranks)
     zero = next_token.new_zeros(())
@@ -86,7 +86,7 @@ def next_token_loss(model: KExaone, ids_BT: Tensor, *, ranks: Ranks | None = Non
     """Only the next-token part of `training_loss`: mean cross-entropy in nats, a scalar."""
     ranks = ranks or Ranks()
     batch, length = ids_BT.shape
-    packing = Packing.of([length] * batch, starts=None, device=ids_BT.device)
+    packing = Packing.rectangle(batch, length, device=ids_BT.device)
     hidden_NH = model.features(ranks.piece(ids_BT).flatten(), packing).hidden_NH
     return _cross_entropy(model, hidden_NH, ids_BT, ahead=1, ranks=ranks)
 

@@ -53,8 +53,8 @@ def widened_groups(x):
     return widened(quantize_reference(x.T.contiguous())).T
 
 
-@given(rows=st.sampled_from([1, 5, 130, 260]), outputs=st.sampled_from([1, 64, 200]),
-       inputs=st.sampled_from([32, 128, 192]), batched=st.booleans(),
+@given(rows=st.sampled_from([1, 130, 260]), outputs=st.sampled_from([1, 200]),
+       inputs=st.sampled_from([32, 192]), batched=st.booleans(),
        dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=seeds)  # fmt: skip
 def test_the_three_products_are_those_of_the_cast_operands(
     rows, outputs, inputs, batched, dtype, seed

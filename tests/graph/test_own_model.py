@@ -31,8 +31,9 @@ def loss_of_training(model, ids):
     return training_loss(model, ids).total
 
 
-@pytest.mark.parametrize("loss", [loss_of_logits, loss_of_training], ids=["logits", "training"])
-@pytest.mark.parametrize("dynamic", [None, True], ids=["automatic", "dynamic"])
+@pytest.mark.parametrize("loss, dynamic", [
+    (loss_of_logits, None), (loss_of_training, None), (loss_of_training, True),
+], ids=["logits", "automatic", "dynamic"])  # fmt: skip
 def test_one_graph_for_every_size_after_the_second(dynamic, loss):
     model = kexaone.KExaone(dataclasses.replace(kexaone.Config.preset("mini"), windows=(64, 0)))
     counter = CompileCounterWithBackend("aot_eager")
