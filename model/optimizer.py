@@ -145,6 +145,11 @@ class MuonAdamW:
     def parameters(self) -> list[nn.Parameter]:
         return [x.parameter for x in (*self._muon.values(), *self._adamw.values())]
 
+    @property
+    def divided_matrices(self) -> set[nn.Parameter]:
+        """Those whose matrices are put together before they are orthogonalized."""
+        return {x.parameter for x in self._muon.values() if not x.whole}
+
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update every parameter that has a gradient."""

@@ -129,12 +129,18 @@ def connect(*, tp: int = 1, ep: int = 1, device: str = "cpu") -> Ranks:
         return Ranks()
     if not dist.is_initialized():
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
-    return Ranks(
-        dist.get_rank(), world, tp, ep,
+    return Ranks(dist.get_rank(), world, tp, ep, *meshes(world, tp, ep, device=device))
+
+
+def meshes(
+    world: int, tp: int, ep: int, *, device: str = "cpu"
+) -> tuple[DeviceMesh, DeviceMesh, DeviceMesh]:
+    """The fields `all`, `dense` and `expert`."""
+    return (
         init_device_mesh(device, (world,), mesh_dim_names=("all",)),
         init_device_mesh(device, (world // tp, tp), mesh_dim_names=("dp", "tp")),
         init_device_mesh(device, (world // ep, ep), mesh_dim_names=("copies", "ep")),
-    )  # fmt: skip
+    )
 
 
 def local(x: Tensor) -> Tensor:
