@@ -116,7 +116,14 @@ AI V<uint16_t, 32> e4m3_to_bf16(V<uint8_t, 32> v) {
   for (int i = 0; i < 64; i++) twice[i] = i / 2;
   memcpy(low, e4m3_halves.low, 128);
   memcpy(high, e4m3_halves.high, 128);
+#if defined(__clang__)
+  // clang 19 prints %g1 of registers above the 15th as those of another kind
+  bytes wide{};
+  memcpy(&wide, &v, sizeof v);
+  asm("vpermb %1,%2,%0" : "=v"(x) : "v"(wide), "v"(twice));
+#else
   asm("vpermb %g1,%2,%0" : "=v"(x) : "v"(v), "v"(twice));
+#endif
   bytes y = x;
   uint64_t even = 0x5555555555555555ull;
   asm("vpermi2b %2,%1,%0%{%3%}" : "+v"(y) : "v"(low[0]), "v"(low[1]), "Yk"(even));

@@ -188,7 +188,7 @@ def test_the_key_covers_sources_compiler_and_instruction_set(monkeypatch):
     from kexaone.cpu import target
 
     first = target.build_key()
-    monkeypatch.setenv("KEXAONE_CPU_ISA", "baseline")
+    monkeypatch.setattr(target, "host_isa", lambda: target.Isa("another", 16, ()))
     assert target.build_key() != first
     assert target.host_compiler().version in first and target.plugin_digest() in first
 
