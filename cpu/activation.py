@@ -61,10 +61,10 @@ class _Utilities:
 
 def _install() -> None:
     """Make the proxy Triton's driver, also where Inductor put ours in its place for good."""
+    if _installed and _installed[0]._config._active is _installed[0]:
+        return
     from triton.runtime import driver
 
-    if isinstance(driver._active, _Proxy):
-        return
     with _lock:
         proxy = _installed[0] if _installed else _Proxy(driver)
         if not isinstance(driver._active, type(proxy._cpu) | _Proxy):
@@ -73,16 +73,22 @@ def _install() -> None:
         driver.set_active(proxy)  # pyright: ignore[reportArgumentType]
 
 
-@contextmanager
-def active() -> Iterator[None]:
+class active:
     """Triton kernels launched in this scope, by this thread or task, run on the CPU."""
-    _install()
-    token = _in_scope.set(True)
-    try:
-        yield
-    finally:
-        _in_scope.reset(token)
+
+    # no generator: every op of ours enters it
+    def __enter__(self) -> None:
         _install()
+        self._token = _in_scope.set(True)
+
+    def __exit__(self, *_: object) -> None:
+        _in_scope.reset(self._token)
+        _install()
+
+
+def in_scope() -> bool:
+    """Whether launches of this thread or task run on the CPU."""
+    return _in_scope.get()
 
 
 def checking() -> bool:

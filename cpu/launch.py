@@ -67,8 +67,9 @@ def launcher_module() -> ModuleType:
     key = f"{build_key()}|{include}|{sysconfig.get_config_var('SOABI')}"
 
     def make() -> bytes:
-        source = (Path(__file__).parent / "launcher.c").read_text()
-        return build(source, f"-I{include}", "-x", "c", "-std=gnu11", language="c")
+        here = Path(__file__).parent
+        source = (here / "launcher.c").read_text()
+        return build(source, f"-I{include}", f"-I{here}", "-x", "c", "-std=gnu11", language="c")
 
     path = store.kept(key, f"{name}.so", make)
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))

@@ -181,6 +181,23 @@ static int run_hook(PyObject *hook, PyObject *metadata) {
   return done ? 0 : -1;
 }
 
+/* Run a kernel, and write it down where this thread's launches are recorded. -1 on an error. */
+static int execute(Kernel kernel, const int32_t *grid, Py_ssize_t used, const uint64_t *slots,
+                   const uint64_t *checked, PyObject *const *arguments, Py_ssize_t given) {
+  if (grid[0] <= 0 || grid[1] <= 0 || grid[2] <= 0)
+    return 0;
+  if (recording && recording->thread == PyThread_get_thread_ident() &&
+      note(kernel, grid, used, slots, checked, arguments, given))
+    return -1;
+  const char *fault;
+  Py_BEGIN_ALLOW_THREADS;
+  fault = kernel(grid, slots, checked);
+  Py_END_ALLOW_THREADS;
+  if (fault)
+    PyErr_SetString(PyExc_RuntimeError, fault);
+  return fault ? -1 : 0;
+}
+
 static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags, PyObject *names) {
   Launcher *self = (Launcher *)callable;
   Py_ssize_t given = PyVectorcall_NARGS(flags);
@@ -199,22 +216,10 @@ static PyObject *launch(PyObject *callable, PyObject *const *args, size_t flags,
   Py_ssize_t used = pack(self, args + FIXED, slots, checked);
   if (used < 0 || run_hook(args[7], args[6]))
     return NULL;
-  const char *fault = NULL;
-  if (grid[0] > 0 && grid[1] > 0 && grid[2] > 0) {
-    Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[4]);
-    if (!kernel && PyErr_Occurred())
-      return NULL;
-    if (recording && recording->thread == PyThread_get_thread_ident() &&
-        note(kernel, grid, used, slots, checked, args + FIXED, self->count))
-      return NULL;
-    Py_BEGIN_ALLOW_THREADS;
-    fault = kernel(grid, slots, checked);
-    Py_END_ALLOW_THREADS;
-  }
-  if (fault) {
-    PyErr_SetString(PyExc_RuntimeError, fault);
+  Kernel kernel = (Kernel)PyLong_AsVoidPtr(args[4]);
+  if ((!kernel && PyErr_Occurred()) ||
+      execute(kernel, grid, used, slots, checked, args + FIXED, self->count))
     return NULL;
-  }
   if (run_hook(args[8], args[6]))
     return NULL;
   Py_RETURN_NONE;
@@ -246,6 +251,8 @@ static PyObject *make(PyObject *module, PyObject *args) {
   memcpy(self->kinds, kinds, (size_t)count);
   return (PyObject *)self;
 }
+
+#include "warm.c"
 
 static PyObject *replay(PyObject *object, PyObject *unused) {
   Recording *self = (Recording *)object;
@@ -318,6 +325,7 @@ static PyObject *end(PyObject *module, PyObject *unused) {
 static PyMethodDef methods[] = {
     {"make", make, METH_VARARGS,
      "make(kinds, span) -> a callable that launches; span(tensor) gives (start, end) or is None"},
+    {"warm", warm, METH_NOARGS, "An empty memory of one kernel's launches."},
     {"begin", begin, METH_NOARGS, "Record this thread's launches until end(); keep what it returns."},
     {"end", end, METH_NOARGS, "Stop recording."},
     {NULL}};
@@ -327,8 +335,9 @@ static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kexaone_cpu_laun
 PyMODINIT_FUNC __attribute__((visibility("default"))) PyInit_kexaone_cpu_launcher(void) {
   data_ptr = PyUnicode_InternFromString("data_ptr");
   is_cpu = PyUnicode_InternFromString("is_cpu");
-  if (!data_ptr || !is_cpu || PyType_Ready(&LauncherType) < 0 ||
-      PyType_Ready(&RecordingType) < 0)
+  dtype_name = PyUnicode_InternFromString("dtype");
+  if (!data_ptr || !is_cpu || !dtype_name || PyType_Ready(&LauncherType) < 0 ||
+      PyType_Ready(&RecordingType) < 0 || PyType_Ready(&WarmType) < 0)
     return NULL;
   return PyModule_Create(&definition);
 }

@@ -43,7 +43,7 @@ from .attention_tiles import (
     width,
 )
 from .dispatch import choose
-from .lang import tl, triton
+from .lang import jit, tl, triton
 from .launch import empty, on, register
 from .tables import pick
 
@@ -150,7 +150,7 @@ def _step(q, k_MGD, v_MGD, first, start, high, position, window, scale, k_stride
     return fold(scores, v, scale, top, total, acc, GUARD)
 
 
-@triton.jit(do_not_specialize=["sequences", "window"])
+@jit(do_not_specialize=["sequences", "window"])
 def _forward_kernel(
     q_NAD, k_MGD, v_MGD, starts_B, starts_k_B, sinks_A, out_NAD, lse_NA,
     sequences, window, scale, q_stride, q_head_stride, k_stride, k_head_stride,

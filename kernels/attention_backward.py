@@ -39,7 +39,7 @@ from .attention_tiles import (
     visible,
     width,
 )
-from .lang import tl, triton
+from .lang import jit, tl, triton
 from .launch import empty, on, register
 from .tables import pick
 
@@ -119,7 +119,7 @@ def _dq_step(q, grad, lse, delta, k_MGD, v_MGD, first, start, high, position, wi
     return tl.dot(ds, k, acc, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["sequences", "window"])
+@jit(do_not_specialize=["sequences", "window"])
 def _dq_kernel(
     grad_NAD, lse_grad_NA, q_NAD, k_MGD, v_MGD, out_NAD, lse_NA, starts_B, starts_k_B,
     delta_NA, dq_NAD,
@@ -184,7 +184,7 @@ def _dkv_step(k, v, q_NAD, grad_NAD, lse_NA, delta_NA, first, place, length, beh
     return tl.dot(ds, q, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=["sequences", "window"])
+@jit(do_not_specialize=["sequences", "window"])
 def _dkv_kernel(
     grad_NAD, q_NAD, k_MGD, v_MGD, lse_NA, delta_NA, starts_B, starts_k_B, dk_MGD, dv_MGD,
     sequences, window, scale, grad_stride, grad_head_stride, q_stride, q_head_stride,

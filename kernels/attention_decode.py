@@ -38,8 +38,8 @@ from .attention_tiles import (
     width,
 )
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl
+from .launch import cdiv, empty, on, register, require
 from .tables import pick
 
 FP8 = torch.float8_e4m3fn
@@ -79,7 +79,7 @@ def attention_decode_reference(
     return AttentionOutput(out[:, :, 0], lse)
 
 
-@triton.jit(do_not_specialize=["window", "slots", "splits", "pages_stride"])
+@jit(do_not_specialize=["window", "slots", "splits", "pages_stride"])
 def _decode_kernel(
     q_NAD, keys, values, starts_B, lengths_B, pages, k_scale, v_scale, sinks_A, out_CNAD, lse_CNA,
     N, window, slots, splits, pages_stride, scale, q_stride, q_head_stride,
@@ -176,7 +176,7 @@ def _forward(
         return out, lse
     table = lengths if pages is None else unit_stride(pages)
     with on(q):
-        _decode_kernel[(triton.cdiv(longest, tokens) * splits, kv_heads, batch)](
+        _decode_kernel[(cdiv(longest, tokens) * splits, kv_heads, batch)](
             q, keys, values, starts.contiguous(), lengths.contiguous(), table, *scales,
             lse if sinks is None else sinks.contiguous(), parts, part_lse, rows,
             window or EVERYTHING, slots, splits, table.stride(0), scale, *q.stride()[:2],

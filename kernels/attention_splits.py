@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .attention_tiles import LOG2E, rows_of, tokens_of, width
-from .lang import tl, triton
+from .lang import jit, tl, triton
+from .launch import cdiv
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Config:
 
     def splits(self, problem: Problem) -> int:
         """Programs that share the keys of one tile and head."""
-        tiles = triton.cdiv(problem.longest, self.tokens(problem))
+        tiles = cdiv(problem.longest, self.tokens(problem))
         programs = max(1, tiles * problem.batch * problem.kv_heads)
         return max(1, min(self.programs // programs, problem.keys // self.least, 64))
 
@@ -87,7 +88,7 @@ def feasible(config: Config, problem: Problem, arch: Arch) -> bool:
     return shared <= arch.shared_bytes and held <= 124 * config.num_warps * arch.warp_size
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@jit(do_not_specialize=["rows", "splits"])
 def _join_kernel(parts_CRD, part_lse_CR, out_RD, lse_R, rows, splits, D: tl.constexpr,
                  WIDTH: tl.constexpr):  # fmt: skip
     """One row's parts, weighted by what each adds to the denominator."""

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require
 from .tables import pick
 
 
@@ -61,7 +61,7 @@ def balance_reference(scores_TE: Tensor, ids_TK: Tensor, *, sequences: int) -> B
     return Balance(shares.unflatten(0, (sequences, -1)).mean(1), counts)
 
 
-@triton.jit
+@jit
 def _balance_kernel(
     scores_TE, ids_TK, counts_BCE, shares_BCE, L, E,
     K: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr,
@@ -88,7 +88,7 @@ def _balance_kernel(
     tl.store(shares_BCE + at, shares, mask=expert < E)
 
 
-@triton.jit
+@jit
 def _balance_backward_kernel(
     d_shares_BE, scores_TE, d_scores_TE, L, E, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -110,7 +110,7 @@ def _balance(scores: Tensor, ids: Tensor, sequences: int) -> tuple[Tensor, Tenso
     require(len(ids) == tokens, f"ids of {len(ids)} tokens, scores of {tokens}")
     length = tokens // sequences
     config = pick("balance", configs, experts, scores.device)
-    pieces = triton.cdiv(length, config.rows * config.steps)
+    pieces = cdiv(length, config.rows * config.steps)
     counts = empty(sequences, pieces, experts, like=scores, dtype=torch.int32)
     shares = empty(sequences, pieces, experts, like=scores)
     if pieces:
@@ -131,7 +131,7 @@ def _balance_backward(grad: Tensor, scores: Tensor) -> Tensor:
     out = empty(tokens, experts, like=scores)
     if tokens:
         with on(scores):
-            _balance_backward_kernel[(triton.cdiv(length, config.rows), sequences)](
+            _balance_backward_kernel[(cdiv(length, config.rows), sequences)](
                 grad.contiguous(), scores.contiguous(), out, length, experts, ROWS=config.rows,
                 BLOCK=max(16, triton.next_power_of_2(experts)), num_warps=config.num_warps,
             )  # fmt: skip

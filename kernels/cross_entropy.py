@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
+from .lang import jit, tl
 from .launch import empty, on, register
 from .tables import pick
 
@@ -66,7 +66,7 @@ def linear_cross_entropy_reference(
     return loss + z_loss * (targets != ignore_index) * wide.logsumexp(-1).square()
 
 
-@triton.jit
+@jit
 def _loss_kernel(
     logits_NV, targets_N, scales_N, loss_N, V, stride, ignore_index, z_loss,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,

@@ -14,7 +14,7 @@ from torch import Tensor
 from .arch import arch_of
 from .dispatch import choose
 from .elementwise import configs, grid, group, tile
-from .lang import tl, triton
+from .lang import jit, tl
 from .launch import empty, on, register, require, rows
 from .quantize import BLOCK
 from .tables import pick
@@ -44,7 +44,7 @@ def dequantize_reference(values: Tensor, scales: Tensor, *, dtype: torch.dtype) 
     return (values.to(wide) * full).to(dtype)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _kernel(values_TN, scales_BG, out_TN, T, R, N, values_stride, BLOCKS: tl.constexpr,
             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, at = tile(N, ROWS, BLOCK)

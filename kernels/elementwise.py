@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from .arch import Arch
 from .lang import tl, triton
+from .launch import cdiv
 
 BLOCKS = (128, 256, 512, 1024, 2048, 4096)
 """Widths of a tile: whole scale blocks of 128 columns."""
@@ -50,7 +51,7 @@ def _default_first(config: Config, columns: int, arch: Arch) -> tuple[float, ...
 
 def grid(count: int, columns: int, config: Config) -> tuple[int]:
     """One program per tile; the columns of a row are neighbours."""
-    return (triton.cdiv(count, config.rows) * triton.cdiv(columns, config.block),)
+    return (cdiv(count, config.rows) * cdiv(columns, config.block),)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .arch import Arch
 from .lang import tl, triton
+from .launch import cdiv
 from .tables import Configs, pick
 
 
@@ -49,7 +50,7 @@ class Config:
 def problem_of(count: int, weight: Tensor) -> Problem:
     """The problem of `count` sorted rows, from shapes alone."""
     experts, columns, depth = weight.shape
-    mean = triton.next_power_of_2(max(1, triton.cdiv(count, max(1, experts))))
+    mean = triton.next_power_of_2(max(1, cdiv(count, max(1, experts))))
     return Problem(mean, columns, depth, weight.dtype.itemsize)
 
 
@@ -169,7 +170,7 @@ def plan(op: str, count: int, weight: Tensor, candidates: Configs = configs) -> 
     """How `op` multiplies `count` sorted rows by weights [E, N, K], one of N and K dense."""
     experts, columns, depth = weight.shape
     config: Config = pick(op, candidates, problem_of(count, weight), weight.device)
-    tiles = triton.cdiv(count, config.rows) + experts
+    tiles = cdiv(count, config.rows) + experts
     constants = {
         "TRANSPOSED": weight.stride(2) == 1,
         "WHOLE": depth % config.depth == columns % config.columns == 0,
@@ -178,7 +179,7 @@ def plan(op: str, count: int, weight: Tensor, candidates: Configs = configs) -> 
         "EXPERTS": max(16, triton.next_power_of_2(experts)),
         "num_warps": config.num_warps, "num_stages": config.num_stages,
     }  # fmt: skip
-    return Plan(config, (tiles * triton.cdiv(columns, config.columns),), constants)
+    return Plan(config, (tiles * cdiv(columns, config.columns),), constants)
 
 
 def dense(weight: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .expert_tiles import Config, Problem, problem_of
-from .lang import tl, triton
-from .launch import empty, on, rows
+from .lang import jit, tl
+from .launch import cdiv, empty, on, rows
 from .tables import pick
 
 
@@ -36,7 +36,7 @@ def weight_configs(problem: Problem, arch: Arch) -> list[Config]:
     ]
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@jit(do_not_specialize=["top_k"])
 def _weight_gradient_kernel(
     grad_MN, x_MK, out_ENK, grad_order_M, x_order_M, offsets_E, N, K, top_k, grad_stride, x_stride,
     GATHER_GRAD: tl.constexpr, GATHER_X: tl.constexpr,
@@ -74,7 +74,7 @@ def weight_gradient(
     out = empty(experts, columns, depth, like=weight)
     problem = problem_of(max(len(grad), len(x)), weight)
     config: Config = pick("grouped_gemm_weight", weight_configs, problem, x.device)
-    tiles = triton.cdiv(columns, config.rows) * triton.cdiv(depth, config.columns)
+    tiles = cdiv(columns, config.rows) * cdiv(depth, config.columns)
     if out.numel():
         with on(x):
             _weight_gradient_kernel[(tiles, experts)](

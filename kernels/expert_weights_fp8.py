@@ -22,8 +22,8 @@ from .arch import Arch, arch_of
 from .dispatch import choose
 from .expert_tiles import Config, Problem
 from .fp8_tiles import dot_fp8, has_fp8
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require
 from .quantize import BLOCK
 from .quantize_groups import QuantizedGroups
 from .tables import pick
@@ -71,7 +71,7 @@ def _widen(x: QuantizedGroups, blocks: slice, dtype: torch.dtype) -> Tensor:
     return values * x.scales[blocks].T.to(dtype).repeat_interleave(BLOCK, 1)
 
 
-@triton.jit
+@jit
 def _kernel(
     grad_NP, grad_scales_SN, x_KP, x_scales_SK, out_ENK, offsets_E, N, K, P,
     FNUZ: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -124,7 +124,7 @@ def weight_gradient(
     mean = triton.next_power_of_2(max(1, places // max(1, experts)))
     config: Config = pick("grouped_gemm_fp8_weight", configs, Problem(mean, columns, depth, 1),
                           x.device)  # fmt: skip
-    tiles = triton.cdiv(columns, config.rows) * triton.cdiv(depth, config.columns)
+    tiles = cdiv(columns, config.rows) * cdiv(depth, config.columns)
     if out.numel():
         with on(x):
             _kernel[(tiles, experts)](

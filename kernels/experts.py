@@ -26,8 +26,8 @@ from .dispatch import choose
 from .expert_tiles import dense, find_tile, heavy_configs, plan, product, source_rows
 from .expert_weights import weight_gradient
 from .grouped_gemm import check_groups, grouped_gemm_reference, multiply, sum_choices
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .swiglu import activated, gradients, swiglu_reference
 
 
@@ -70,7 +70,7 @@ def _gated_tile(
         tl.store(h_MD + at + i, activated(gate, up, limit, CLAMP), mask=live)
 
 
-@triton.jit(do_not_specialize=["E", "top_k"])
+@jit(do_not_specialize=["E", "top_k"])
 def _gated_kernel(
     x_TH, w_ENH, z_MN, h_MD, order_M, offsets_E, D, H, E, top_k, x_stride, e_stride, n_stride,
     k_stride, limit, KEEP: tl.constexpr, CLAMP: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -130,7 +130,7 @@ def _gated_backward_tile(
                              BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "E", "top_k"])
+@jit(do_not_specialize=["M", "E", "top_k"])
 def _gated_backward_kernel(
     grad_TH, w_EDH, z_MN, dz_MN, scaled_MD, weights_M, partial_PM, order_M, offsets_E, M, D, H, E,
     top_k, x_stride, e_stride, n_stride, k_stride, limit, CLAMP: tl.constexpr,
@@ -177,7 +177,7 @@ def _backward(
     turned = dense(down.transpose(1, 2))
     planned = plan("grouped_gemm_gated_backward", count, turned, heavy_configs)
     dz, scaled = empty(count, 2 * width, like=x), empty(count, width, like=x)
-    partial = empty(triton.cdiv(width, planned.config.columns), count, like=weights)
+    partial = empty(cdiv(width, planned.config.columns), count, like=weights)
     if scaled.numel():
         with on(x):
             _gated_backward_kernel[planned.grid](

@@ -25,8 +25,8 @@ from .grouped_gemm_fp8 import (
     widen_reference,
     widen_rows_reference,
 )
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_reference, quantize_rows
 from .swiglu import activated, swiglu_reference
 
@@ -88,7 +88,7 @@ def _gated_tile(
         tl.store(h_MD + at * D + i, h, mask=rows & (i < D))
 
 
-@triton.jit(do_not_specialize=["E", "top_k"])
+@jit(do_not_specialize=["E", "top_k"])
 def _gated_kernel(
     x_TH, x_scales_TG, w_ENH, w_scales_ENG, z_MN, h_MD, h_scales_MG, order_M, offsets_E, D, H, E,
     top_k, x_stride, x_scale_stride, e_stride, n_stride, k_stride, e_scale_stride, n_scale_stride,
@@ -122,7 +122,7 @@ def gated(
     scaled = x_scales is not None
     x_rows = x if x_scales is None else rows(x_scales)
     h = empty(count, width, like=x, dtype=x.dtype if scaled else dtype)
-    h_scales = empty(count, triton.cdiv(width, BLOCK), like=x, dtype=torch.float32)
+    h_scales = empty(count, cdiv(width, BLOCK), like=x, dtype=torch.float32)
     z = empty(count if keep else 0, 2 * width, like=x, dtype=dtype)
     if h.numel():
         planned = plan("grouped_gemm_fp8_gated", count, gate_up, gated_configs)

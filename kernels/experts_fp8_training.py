@@ -30,8 +30,8 @@ from .experts_fp8 import gated, moe_experts_fp8_reference
 from .fp8_tiles import configs, form_of, has_fp8, product_fp8
 from .grouped_gemm import sum_choices
 from .grouped_gemm_fp8 import grouped_gemm_fp8_reference, multiply_fp8
-from .lang import tl, triton
-from .launch import empty, on, register, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, rows
 from .quantize import QuantizedRows, quantize_fp8, quantize_reference
 from .quantize_groups import quantize_groups, quantize_groups_reference
 from .quantize_tiles import quantize_blocks_reference, quantize_fp8_blocks
@@ -146,7 +146,7 @@ def _gated_backward_tile(
                              BLOCK_N)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "E", "top_k"])
+@jit(do_not_specialize=["M", "E", "top_k"])
 def _gated_backward_kernel(
     grad_TH, grad_scales_TG, w_EDH, w_scales_EDG, z_MN, dz_MN, scaled_MD, weights_M, partial_PM,
     order_M, offsets_E, M, D, H, E, top_k, x_stride, x_scale_stride, e_stride, n_stride, k_stride,
@@ -197,7 +197,7 @@ def _gated_backward(
     count, values, scales = len(order), dense(turned.values), turned.scales
     planned = plan("grouped_gemm_fp8_gated_backward", count, values, heavy_configs)
     dz, scaled = empty(count, 2 * width, like=z), empty(count, width, like=z)
-    partial = empty(triton.cdiv(width, planned.config.columns), count, like=weights)
+    partial = empty(cdiv(width, planned.config.columns), count, like=weights)
     if scaled.numel():
         with on(z):
             _gated_backward_kernel[planned.grid](

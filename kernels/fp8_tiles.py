@@ -23,7 +23,7 @@ from . import expert_tiles
 from .arch import Arch, arch_of
 from .expert_tiles import Config, Problem
 from .lang import tl, triton
-from .launch import require
+from .launch import cdiv, require
 from .quantize import BLOCK, quantize_rows
 
 
@@ -129,7 +129,7 @@ def form_of(name: str, x: Tensor) -> str:
 def check_scales(weight: Tensor, scales: Tensor) -> None:
     """Raises ValueError unless `scales` has one number per 128 x 128 block of `weight`."""
     *batch, n, k = weight.shape
-    blocks = [*batch, triton.cdiv(n, BLOCK), triton.cdiv(k, BLOCK)]
+    blocks = [*batch, cdiv(n, BLOCK), cdiv(k, BLOCK)]
     require(weight.element_size() == 1 and weight.is_floating_point(),
             f"weight must be float8_e4m3fn, got {weight.dtype}")  # fmt: skip
     require(list(scales.shape) == blocks and scales.itemsize == 4,

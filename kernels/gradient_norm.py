@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .lang import tl, triton
+from .lang import jit, tl
 from .launch import empty, on, register, require
 from .tables import pick
 from .tensor_list import TYPES, chunk, configs, pointer, same_kind, table_of
@@ -39,7 +39,7 @@ def clip_gradients_reference(tensors: Sequence[Tensor], *, limit: float) -> Tens
     return norm
 
 
-@triton.jit
+@jit
 def _squares_kernel(rows_L2, chunks_C2, sums_C, X: tl.constexpr, ALIGNED: tl.constexpr,
                     BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     row, start, count = chunk(rows_L2, chunks_C2, 2, BLOCK * STEPS)
@@ -56,7 +56,7 @@ def _squares_kernel(rows_L2, chunks_C2, sums_C, X: tl.constexpr, ALIGNED: tl.con
     tl.store(sums_C + tl.program_id(0), tl.sum(total, 0))
 
 
-@triton.jit
+@jit
 def _scale_kernel(rows_L2, chunks_C2, norm, limit, X: tl.constexpr, ALIGNED: tl.constexpr,
                   BLOCK: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
     factor = tl.div_rn(limit, tl.load(norm) + 1e-6)

@@ -22,8 +22,8 @@ from torch import Tensor
 from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, product, source_rows
 from .expert_weights import weight_gradient
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 
 
 def grouped_gemm_reference(
@@ -80,7 +80,7 @@ def _product_tile(
         tl.store(out, total.to(out_MN.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["E", "top_k"])
+@jit(do_not_specialize=["E", "top_k"])
 def _product_kernel(
     x_MK, w_ENK, out_MN, order_M, offsets_E, N, K, E, top_k, x_stride, e_stride, n_stride, k_stride,
     GATHER: tl.constexpr, SCATTER: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr,
@@ -94,7 +94,7 @@ def _product_kernel(
                       BLOCK_M, LEAST_M, BLOCK_N, BLOCK_K)  # fmt: skip
 
 
-@triton.jit
+@jit
 def _sum_kernel(y_TKN, weights_TK, out_TN, N, K: tl.constexpr, WEIGHTED: tl.constexpr,
                 BLOCK: tl.constexpr):  # fmt: skip
     """Sum over a token's K rows, in their order."""
@@ -138,7 +138,7 @@ def sum_choices(y: Tensor, top_k: int, weights: Tensor | None = None) -> Tensor:
     block = min(16_384 if is_cpu else 1024, triton.next_power_of_2(max(16, columns)))
     if out.numel():
         with on(y):
-            _sum_kernel[(tokens, triton.cdiv(columns, block))](
+            _sum_kernel[(tokens, cdiv(columns, block))](
                 y, y if weights is None else weights.contiguous(), out, columns,
                 K=top_k, WEIGHTED=weights is not None, BLOCK=block, num_warps=4,
             )  # fmt: skip

@@ -17,8 +17,8 @@ from .dispatch import choose
 from .expert_tiles import dense, find_tile, plan, source_rows
 from .fp8_tiles import check_scales, configs, form_of, has_fp8, product_fp8
 from .grouped_gemm import grouped_gemm_reference
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows
 
 
@@ -73,7 +73,7 @@ def _tile(
         tl.store(out, total.to(out_MN.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["E", "top_k"])
+@jit(do_not_specialize=["E", "top_k"])
 def _kernel(
     x_MK, x_scales_MG, w_ENK, w_scales_ENG, out_MN, order_M, offsets_E, N, K, E, top_k, x_stride,
     x_scale_stride, e_stride, n_stride, k_stride, e_scale_stride, n_scale_stride, k_scale_stride,
@@ -120,7 +120,7 @@ def check_rows(x: Tensor, x_scales: Tensor | None, weight: Tensor, scales: Tenso
             f"weight must be [E, N, {x.shape[-1]}] for x {list(x.shape)}, got "
             f"{list(weight.shape)}")  # fmt: skip
     check_scales(weight, scales)
-    groups = [len(x), triton.cdiv(x.shape[1], BLOCK)]
+    groups = [len(x), cdiv(x.shape[1], BLOCK)]
     require((x.itemsize == 1) == (x_scales is not None), "float8 rows, and they alone, have scales")
     require(x_scales is None or list(x_scales.shape) == groups,
             f"x's scales must be {groups}")  # fmt: skip

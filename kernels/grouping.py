@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require
 from .tables import pick
 
 
@@ -67,7 +67,7 @@ def group_by_expert_reference(ids_TK: Tensor, *, experts: int) -> Permutation:
     return Permutation(offsets.int(), order.int(), position.int())
 
 
-@triton.jit(do_not_specialize=["S"])
+@jit(do_not_specialize=["S"])
 def _count_kernel(ids_S, counts_BE, S, E, BLOCK: tl.constexpr, BINS: tl.constexpr):
     block = tl.program_id(0).to(tl.int64)
     slot = block * BLOCK + tl.arange(0, BLOCK)
@@ -77,7 +77,7 @@ def _count_kernel(ids_S, counts_BE, S, E, BLOCK: tl.constexpr, BINS: tl.constexp
     tl.store(counts_BE + block * E + expert, tl.histogram(ids, BINS, mask=live), mask=expert < E)
 
 
-@triton.jit(do_not_specialize=["B"])
+@jit(do_not_specialize=["B"])
 def _scan_kernel(counts_BE, totals_E, B, E, CHUNK: tl.constexpr, TILE: tl.constexpr):
     """Counts of a block become the counts of all blocks before it."""
     expert = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -93,7 +93,7 @@ def _scan_kernel(counts_BE, totals_E, B, E, CHUNK: tl.constexpr, TILE: tl.conste
     tl.store(totals_E + expert, total, mask=expert < E)
 
 
-@triton.jit(do_not_specialize=["S"])
+@jit(do_not_specialize=["S"])
 def _place_kernel(
     ids_S, before_BE, totals_E, offsets_E1, order_S, position_S, S, E,
     SINGLE: tl.constexpr, BLOCK: tl.constexpr, PIECE: tl.constexpr, BINS: tl.constexpr,
@@ -143,7 +143,7 @@ def _group(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
     require(slots < 2**31, f"at most 2^31 - 1 slots, got {slots}")
     ids = ids.reshape(-1).contiguous()
     config = pick("group_by_expert", configs, slots, ids.device)
-    bins, blocks = max(16, triton.next_power_of_2(experts)), triton.cdiv(slots, config.block)
+    bins, blocks = max(16, triton.next_power_of_2(experts)), cdiv(slots, config.block)
     single = blocks <= 1
     before = empty(max(1, blocks), experts, like=ids, dtype=torch.int32)
     totals, offsets, order, position = (
@@ -154,7 +154,7 @@ def _group(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
         if not single:
             _count_kernel[(blocks,)](ids, before, slots, experts, BLOCK=config.block, BINS=bins,
                                      num_warps=config.num_warps)  # fmt: skip
-            _scan_kernel[(triton.cdiv(experts, 16),)](
+            _scan_kernel[(cdiv(experts, 16),)](
                 before, totals, blocks, experts, CHUNK=config.chunk, TILE=16,
                 num_warps=config.num_warps,
             )  # fmt: skip

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import triton
     import triton.language as tl
+
+    from ..cpu.warm import jit
 else:
     try:
         import triton
         import triton.language as tl
+
+        from ..cpu.warm import jit
     except ImportError as error:
         _reason = str(error)
 
@@ -30,6 +34,6 @@ else:
             def __getitem__(self, key: Any) -> None:
                 raise ImportError(f"Triton kernels cannot be launched here: {_reason}")
 
-        triton = tl = _Missing()
+        triton = tl = jit = _Missing()
 
-__all__ = ["tl", "triton"]
+__all__ = ["jit", "tl", "triton"]

@@ -17,6 +17,11 @@ _kernels: dict[str, Callable[..., Any]] = {}
 _allocate = torch.empty
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size` elements."""
+    return (size + block - 1) // block
+
+
 def empty(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Unwritten contiguous memory for a kernel's output, on the device of `like`."""
     return _allocate(shape, dtype=dtype or like.dtype, device=like.device)

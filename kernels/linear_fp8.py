@@ -21,8 +21,8 @@ from .expert_tiles import Config, Problem
 from .fp8_tiles import check_scales, form_of, has_fp8, product_fp8
 from .fp8_tiles import configs as tall_configs
 from .grouped_gemm_fp8 import parts, whole, widen_reference, widen_rows_reference
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK, QuantizedRows, quantize_fp8, quantize_reference
 from .tables import pick
 
@@ -54,7 +54,7 @@ def linear_fp8_reference(
     return y.to(dtype)
 
 
-@triton.jit(do_not_specialize=["M"])
+@jit(do_not_specialize=["M"])
 def _kernel(
     x_MK, x_scales_MG, w_NK, w_scales_NG, out_MN, M, N, K, x_stride, x_scale_stride, n_stride,
     k_stride, n_scale_stride, k_scale_stride, FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr,
@@ -93,7 +93,7 @@ def _forward(
     mean = triton.next_power_of_2(max(1, count))
     config: Config = pick("linear_fp8", configs, Problem(mean, columns, depth, 1), x.device)
     if out.numel():
-        grid = triton.cdiv(columns, config.columns), triton.cdiv(count, config.rows)
+        grid = cdiv(columns, config.columns), cdiv(count, config.rows)
         with on(x):
             _kernel[grid](
                 flat, flat_scales, weight, scales, out, count, columns, depth, flat.stride(0),

@@ -18,8 +18,8 @@ from torch import Tensor
 from .arch import Arch
 from .dispatch import choose
 from .expert_tiles import product
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .tables import pick
 
 MOST_ROWS = 16
@@ -79,7 +79,7 @@ def linear_skinny_reference(x: Tensor, weight: Tensor) -> Tensor:
     return torch.nn.functional.linear(x, weight)
 
 
-@triton.jit(do_not_specialize=["M"])
+@jit(do_not_specialize=["M"])
 def _kernel(
     x_MK, w_NK, out_MN, M, N, K, x_stride, n_stride, k_stride, TRANSPOSED: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -101,7 +101,7 @@ def _forward(x: Tensor, weight: Tensor) -> Tensor:
     out = empty(len(flat), columns, like=x)
     config: Config = pick("linear_skinny", configs, problem_of(flat, weight), x.device)
     if out.numel():
-        grid = triton.cdiv(columns, config.columns), triton.cdiv(len(flat), config.rows)
+        grid = cdiv(columns, config.columns), cdiv(len(flat), config.rows)
         with on(x):
             _kernel[grid](
                 flat, weight, out, len(flat), columns, depth, flat.stride(0), *weight.stride(),

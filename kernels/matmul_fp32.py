@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .arch import Arch
-from .lang import tl, triton
-from .launch import empty, on, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, require
 from .tables import pick
 
 FEW_ROWS = 8
@@ -53,7 +53,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         wide = max(16, min(wide, triton.next_power_of_2(n)))
         step = 64 if few else 32
         step = max(16, min(step, triton.next_power_of_2(k)))
-        tiles = max(1, triton.cdiv(m, tall) * triton.cdiv(n, wide))
+        tiles = max(1, cdiv(m, tall) * cdiv(n, wide))
         pieces = max(1, min(arch.processors * (1 if arch.is_cpu else 2) // tiles, k // (4 * step)))
         for warps in (4, 8) if few else (8, 4):
             found.append(Config(tall, wide, step, pieces, not arch.is_cpu, warps, 3))
@@ -76,7 +76,7 @@ def few_rows_configs(k: int, arch: Arch) -> list[FewRowsConfig]:
     return [FewRowsConfig(n, 1024, w) for n in (1, 2) for w in (4, 8)]
 
 
-@triton.jit
+@jit
 def _matmul_kernel(
     a_MK, b_KN, out_SMN, M, N, K, part, a_m, a_k, b_k, b_n, zero,
     SAME: tl.constexpr, THREE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -117,7 +117,7 @@ def _matmul_kernel(
     tl.store(out_SMN, total.to(out_SMN.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _few_rows_kernel(
     a_MK, b_KN, out_MN, N, K, a_m, b_n, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -146,13 +146,13 @@ def matmul_parts(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tens
     if m <= FEW_ROWS and a.stride(1) == b.stride(0) == 1:
         return _few_rows(a, b, dtype or torch.float32)
     config = pick("matmul_fp32", configs, (m, n, k, narrow), a.device)
-    part = triton.cdiv(triton.cdiv(k, config.pieces), config.k) * config.k
-    pieces = max(1, triton.cdiv(k, max(1, part)))
+    part = cdiv(cdiv(k, config.pieces), config.k) * config.k
+    pieces = max(1, cdiv(k, max(1, part)))
     out = empty(pieces, m, n, like=a, dtype=dtype if dtype and pieces == 1 else torch.float32)
     three = config.three and a.dtype == torch.float32 and b.dtype == torch.bfloat16
     if out.numel():
         with on(a):
-            _matmul_kernel[(triton.cdiv(m, config.m), triton.cdiv(n, config.n), pieces)](
+            _matmul_kernel[(cdiv(m, config.m), cdiv(n, config.n), pieces)](
                 a, b, out, m, n, k, part, *a.stride(), *b.stride(), 0.0, SAME=same, THREE=three,
                 BM=config.m, BN=config.n, BK=config.k,
                 num_warps=config.num_warps, num_stages=config.num_stages,
@@ -166,7 +166,7 @@ def _few_rows(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     config = pick("matmul_few_rows", few_rows_configs, k, a.device)
     if out.numel():
         with on(a):
-            _few_rows_kernel[(m, triton.cdiv(n, config.n))](
+            _few_rows_kernel[(m, cdiv(n, config.n))](
                 a, b, out, n, k, a.stride(0), b.stride(1), BN=config.n, BK=config.k,
                 num_warps=config.num_warps,
             )  # fmt: skip

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require
 from .tables import pick
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,7 +76,7 @@ def _normalized(x: Tensor, eps: float) -> Tensor:
     return x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=eps)
 
 
-@triton.jit
+@jit
 def _symmetric_kernel(
     x_EMK, gram_EMM, out_EMM, M, K, x_stride, alpha, beta,
     ADD: tl.constexpr, BLOCK: tl.constexpr, DEPTH: tl.constexpr,
@@ -108,7 +108,7 @@ def _symmetric_kernel(
         tl.store(out_EMM + mirror, tl.trans(out), mask=mask)
 
 
-@triton.jit
+@jit
 def _apply_kernel(
     b_EMM, x_EMN, out_EMN, M, N, x_stride, out_stride, alpha,
     BLOCK: tl.constexpr, DEPTH: tl.constexpr,
@@ -138,7 +138,7 @@ def _iterate(x: Tensor, steps: int) -> Tensor:
     a, b, c = COEFFICIENTS
     count, m, n = x.shape
     config = pick("newton_schulz", configs, m, x.device)
-    tiles, wide = triton.cdiv(m, config.block), triton.cdiv(n, config.block)
+    tiles, wide = cdiv(m, config.block), cdiv(n, config.block)
     gram, mixed = (empty(count, m, m, like=x) for _ in "gb")
     spare = [empty(count, m, n, like=x) for _ in range(min(2, steps))]
     tile = {"BLOCK": config.block, "DEPTH": config.depth, "num_warps": config.num_warps,

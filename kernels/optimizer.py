@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import choose
-from .lang import tl, triton
+from .lang import jit, tl, triton
 from .launch import on, register, require
 from .tables import pick
 from .tensor_list import TYPES, chunk, configs, pointer, same_kind, table_of
@@ -56,7 +56,7 @@ def _update(
     tl.store(p_N + at, p.to(p_N.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _kernel(
     rows_L5, chunks_C2, keep, share, beta2, rest2, lr, correction, eps,
     P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, V: tl.constexpr, ALIGNED: tl.constexpr,

@@ -24,8 +24,8 @@ from torch import Tensor
 from .arch import Arch
 from .dispatch import choose
 from .grouping import Permutation
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .tables import pick
 
 
@@ -59,7 +59,7 @@ def unpermute_reference(rows_SH: Tensor, permutation: Permutation, weights_TK: T
     return (per_token * weights_TK.unsqueeze(-1)).sum(1).to(rows_SH.dtype)
 
 
-@triton.jit
+@jit
 def _permute_kernel(x_TH, position_TK, out_SH, H, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -70,7 +70,7 @@ def _permute_kernel(x_TH, position_TK, out_SH, H, x_stride, K: tl.constexpr, BLO
         tl.store(out_SH + row * H + at, x, mask=mask)
 
 
-@triton.jit
+@jit
 def _unpermute_kernel(
     rows_SH, position_TK, weights_TK, out_TH, H, rows_stride,
     WEIGHTED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,7 +88,7 @@ def _unpermute_kernel(
     tl.store(out_TH + token * H + at, total.to(out_TH.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@jit
 def _unpermute_backward_kernel(
     grad_TH, rows_SH, position_TK, weights_TK, d_rows_SH, d_weights_TK, H,
     grad_stride, rows_stride, K: tl.constexpr, BLOCK: tl.constexpr,
@@ -118,7 +118,7 @@ def _permute(x: Tensor, position: Tensor) -> Tensor:
     config = pick("permute", configs, columns, x)
     if out.numel():
         with on(x):
-            _permute_kernel[(tokens, triton.cdiv(columns, config.block))](
+            _permute_kernel[(tokens, cdiv(columns, config.block))](
                 flat, position, out, columns, flat.stride(0), K=slots // tokens,
                 BLOCK=config.block, num_warps=config.num_warps,
             )  # fmt: skip
@@ -137,7 +137,7 @@ def _unpermute(x: Tensor, position: Tensor, weights: Tensor | None, tokens: int)
     config = pick("permute", configs, columns, x)
     if out.numel():
         with on(x):
-            _unpermute_kernel[(tokens, triton.cdiv(columns, config.block))](
+            _unpermute_kernel[(tokens, cdiv(columns, config.block))](
                 flat, position, x if weights is None else weights, out, columns, flat.stride(0),
                 WEIGHTED=weights is not None, K=slots // tokens, BLOCK=config.block,
                 num_warps=config.num_warps,

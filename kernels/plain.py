@@ -13,13 +13,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from .lang import tl, triton
-from .launch import empty, on, require, rows
+from .lang import jit, tl
+from .launch import cdiv, empty, on, require, rows
 
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["N"])
+@jit(do_not_specialize=["N"])
 def _add_kernel(x_N, y_N, out_N, N, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_N + at, mask=at < N).to(tl.float32)
@@ -27,7 +27,7 @@ def _add_kernel(x_N, y_N, out_N, N, BLOCK: tl.constexpr):
     tl.store(out_N + at, total.to(out_N.dtype.element_ty), mask=at < N)
 
 
-@triton.jit
+@jit
 def _copy_kernel(x_NC, ids_N, out_NC, C, x_stride, out_stride, TAKE: tl.constexpr,
                  BLOCK: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -41,7 +41,7 @@ def _copy(x: Tensor, out: Tensor, ids: Tensor | None = None) -> None:
     count, columns = out.shape
     if out.numel():
         with on(x):
-            _copy_kernel[(count, triton.cdiv(columns, BLOCK))](
+            _copy_kernel[(count, cdiv(columns, BLOCK))](
                 x, out if ids is None else ids, out, columns, x.stride(0), out.stride(0),
                 TAKE=ids is not None, BLOCK=BLOCK,
             )  # fmt: skip
@@ -56,7 +56,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     out = empty(*x.shape, like=x)
     if out.numel():
         with on(x):
-            _add_kernel[(triton.cdiv(out.numel(), BLOCK),)](x, y, out, out.numel(), BLOCK=BLOCK)
+            _add_kernel[(cdiv(out.numel(), BLOCK),)](x, y, out, out.numel(), BLOCK=BLOCK)
     return out
 
 

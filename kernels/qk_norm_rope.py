@@ -39,8 +39,8 @@ from .head_tiles import (
     store_halves,
     unit,
 )
-from .lang import tl, triton
-from .launch import empty, on, register
+from .lang import jit, tl
+from .launch import cdiv, empty, on, register
 from .rmsnorm import rms_norm_reference
 from .tables import pick
 
@@ -98,7 +98,7 @@ def qk_norm_rope_reference(
     return rotate_reference(q, cos, sin), rotate_reference(k, cos, sin)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _forward_kernel(
     q_TAD, k_TAD, v_TAD, q_weight_D, k_weight_D, cos_RH, sin_RH, positions_T,
     q_out_TAD, k_out_TAD, v_out_TAD, T, q_token, q_head, k_token, k_head, v_token, v_head, eps,
@@ -127,7 +127,7 @@ def _forward_kernel(
                   v_out_TAD + (token * K_HEADS + head) * (2 * HALF), live, HALF, BLOCK)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _backward_kernel(
     q_grad_TAD, k_grad_TAD, v_grad_TAD, q_TAD, k_TAD, q_weight_D, k_weight_D,
     cos_RH, sin_RH, positions_T, q_out_TAD, k_out_TAD, v_out_TAD, partial_P2D,
@@ -168,7 +168,7 @@ def forward(
     q_out, k_out = empty(tokens, q_heads, dim, like=q), empty(tokens, k_heads, dim, like=q)
     v_out = empty(0 if v is None else tokens, k_heads, dim, like=q)
     config = pick("qk_norm_rope", configs, dim, q)
-    q_tiles, k_tiles = (triton.cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
+    q_tiles, k_tiles = (cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
     if tiles := q_tiles + k_tiles * (1 if v is None else 2):
         with on(q):
             _forward_kernel[(tiles,)](
@@ -195,7 +195,7 @@ def backward(
     tokens, q_heads, dim = q.shape
     k_heads = k.shape[1]
     config = pick("qk_norm_rope", configs, dim, q)
-    tiles = triton.cdiv(tokens * max(q_heads, k_heads), config.rows)
+    tiles = cdiv(tokens * max(q_heads, k_heads), config.rows)
     programs = min(config.programs, tiles)
     if not programs:
         return torch.zeros_like(q_weight), torch.zeros_like(k_weight)

@@ -24,8 +24,8 @@ from .head_tiles import (
     store_halves,
     unit,
 )
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require
 from .qk_norm_rope import configs, qk_norm_rope_reference
 from .tables import pick
 
@@ -38,7 +38,7 @@ def _slot_of(sequences_T, positions_T, token, live, slots, stride_B, stride_C):
     return sequence * stride_B + position % slots * stride_C
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@jit(do_not_specialize=["T", "slots"])
 def _kernel(
     q_TAD, k_TAD, v_TAD, q_weight_D, k_weight_D, cos_RH, sin_RH, sequences_T, positions_T,
     q_out_TAD, keys_BACD, values_BACD, T, slots, q_token, q_head, k_token, k_head, v_token, v_head,
@@ -100,7 +100,7 @@ def _append(
         )
     out = empty(tokens, q_heads, dim, like=q)
     config = pick("qk_norm_rope", configs, dim, q)
-    q_tiles, k_tiles = (triton.cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
+    q_tiles, k_tiles = (cdiv(tokens * heads, config.rows) for heads in (q_heads, k_heads))
     table, sine, _ = turn.arguments(q)
     if tokens:
         with on(q):

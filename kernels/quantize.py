@@ -24,8 +24,8 @@ from torch import Tensor
 from .arch import arch_of
 from .dispatch import choose
 from .elementwise import configs, grid, group, tile
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .tables import pick
 
 BLOCK = 128
@@ -85,7 +85,7 @@ def quantize_reference(x: Tensor, *, power_of_two: bool = False) -> QuantizedRow
     return QuantizedRows(scaled.to(torch.float8_e4m3fn), scales)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _kernel(x_TN, values_TN, scales_TG, T, N, x_stride, POWER_OF_TWO: tl.constexpr,
             ROWS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     row, at = tile(N, ROWS, BLOCK)
@@ -104,7 +104,7 @@ def _quantize(x: Tensor, power_of_two: bool) -> tuple[Tensor, Tensor]:
         found = quantize_reference(x, power_of_two=power_of_two)
         return found.values, found.scales
     flat, columns = rows(x), x.shape[-1]
-    count, groups = len(flat), triton.cdiv(columns, BLOCK)
+    count, groups = len(flat), cdiv(columns, BLOCK)
     values = empty(*x.shape, like=x, dtype=torch.float8_e4m3fn)
     scales = empty(*x.shape[:-1], groups, like=x, dtype=torch.float32)
     config = pick("quantize_fp8", configs, columns, x)

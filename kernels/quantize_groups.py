@@ -25,8 +25,8 @@ from torch import Tensor
 from .arch import arch_of
 from .dispatch import choose
 from .expert_tiles import find_tile
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK, scales_of, scales_reference
 from .quantize_tiles import configs
 from .tables import pick
@@ -67,7 +67,7 @@ def quantize_groups_reference(
     return QuantizedGroups(values, scales)
 
 
-@triton.jit(do_not_specialize=["E", "top_k"])
+@jit(do_not_specialize=["E", "top_k"])
 def _kernel(
     x_TN, values_NP, scales_SN, order_M, offsets_E, N, P, E, top_k, x_stride,
     GATHER: tl.constexpr, POWER_OF_TWO: tl.constexpr, EXPERTS: tl.constexpr,
@@ -109,7 +109,7 @@ def quantize_groups(
     config = pick("quantize_fp8_tiles", configs, None, x.device)
     if values.numel():
         with on(x):
-            _kernel[(blocks * triton.cdiv(columns, BLOCK),)](
+            _kernel[(blocks * cdiv(columns, BLOCK),)](
                 flat, values, scales, offsets if order is None else order, offsets,
                 columns, blocks * BLOCK, experts, top_k, flat.stride(0),
                 GATHER=order is not None, POWER_OF_TWO=power_of_two,

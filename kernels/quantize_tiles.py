@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .arch import Arch, arch_of
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require
+from .lang import jit, tl
+from .launch import cdiv, empty, on, register, require
 from .quantize import BLOCK, QuantizedRows, quantize_reference, scales_of, scales_reference
 from .tables import pick
 
@@ -75,7 +75,7 @@ def quantize_blocks_reference(x: Tensor, *, power_of_two: bool = False) -> Quant
     return QuantizedBlocks(scaled[..., :row_count, :columns].to(torch.float8_e4m3fn), scales)
 
 
-@triton.jit
+@jit
 def _tile_kernel(
     x_BRC, values_BRC, scales_B, turned_BCR, turned_scales_B,
     R, C, x_batch_stride, x_stride,
@@ -128,7 +128,7 @@ def _launch(
     matrices = x.reshape(math.prod(batch), row_count, columns)
     if columns > 1 and matrices.stride(2) != 1:
         matrices = matrices.contiguous()
-    groups, across = triton.cdiv(row_count, BLOCK), triton.cdiv(columns, BLOCK)
+    groups, across = cdiv(row_count, BLOCK), cdiv(columns, BLOCK)
     fp8, none = torch.float8_e4m3fn, (0,)
     scales_shape = (*batch, groups if blocks else row_count, across)
     turned_shape = (*batch, across if blocks else columns, groups)

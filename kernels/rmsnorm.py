@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK as GROUP
 from .quantize import quantize_rows
 from .rmsnorm_backward import backward
@@ -83,7 +83,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-@triton.jit
+@jit
 def _forward_kernel(
     x_TN, residual_TN, weight_N, out_TN, sum_TN, scales_TG, rstd_T,
     T, N, x_stride, residual_stride, eps,
@@ -142,24 +142,23 @@ def forward(
             "residual must have the shape and dtype of x")  # fmt: skip
     flat = rows(x)
     other = flat if residual is None else rows(residual)
-    count = len(flat)
-    out = empty(count, columns, like=x, dtype=torch.float8_e4m3fn if quantize else x.dtype)
-    total = out if residual is None else empty(count, columns, like=x)
-    groups = triton.cdiv(columns, GROUP) if quantize else 0
-    scales = empty(count, groups, like=x, dtype=torch.float32)
-    rstd = empty(count, like=x, dtype=torch.float32)
+    count, shape = len(flat), x.shape[:-1]
+    out = empty(*x.shape, like=x, dtype=torch.float8_e4m3fn if quantize else x.dtype)
+    total = out if residual is None else empty(*x.shape, like=x)
+    groups = cdiv(columns, GROUP) if quantize else 0
+    scales = empty(*shape, groups, like=x, dtype=torch.float32)
+    rstd = empty(*shape, like=x, dtype=torch.float32)
     config = pick("rms_norm", configs, columns, x)
     if count and columns:
         with on(x):
-            _forward_kernel[(triton.cdiv(count, config.rows),)](
+            _forward_kernel[(cdiv(count, config.rows),)](
                 flat, other, weight.contiguous(), out, total, scales, rstd,
                 count, columns, flat.stride(0), other.stride(0), eps,
                 RESIDUAL=residual is not None, QUANTIZE=quantize, POWER_OF_TWO=power_of_two,
                 WHOLE=config.block >= columns, ROWS=config.rows, BLOCK=config.block,
                 num_warps=config.num_warps,
             )  # fmt: skip
-    shape = x.shape[:-1]
-    return out.view(x.shape), total.view(x.shape), rstd.view(shape), scales.view(*shape, groups)
+    return out, total, rstd, scales
 
 
 def _like(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .lang import tl, triton
-from .launch import empty, on, rows
+from .lang import jit, tl
+from .launch import cdiv, empty, on, rows
 
 
-@triton.jit
+@jit
 def _dot_kernel(grad_TN, x_TN, weight_N, rstd_T, dot_T, N, grad_stride, x_stride,
                 BLOCK: tl.constexpr):  # fmt: skip
     """mean(g n) of one row in pieces."""
@@ -32,7 +32,7 @@ def _dot_kernel(grad_TN, x_TN, weight_N, rstd_T, dot_T, N, grad_stride, x_stride
     tl.store(dot_T + row, tl.sum(total, 0) / N)
 
 
-@triton.jit
+@jit
 def _backward_kernel(
     grad_TN, sum_grad_TN, x_TN, weight_N, rstd_T, dot_T, out_TN, partial_PN,
     T, N, grad_stride, sum_grad_stride, x_stride,
@@ -80,7 +80,7 @@ def backward(
             _dot_kernel[(count,)](grads, flat, weight, rstd, dot, columns, grads.stride(0),
                                   flat.stride(0), BLOCK=block,
                                   num_warps=num_warps)  # fmt: skip
-        _backward_kernel[(programs, triton.cdiv(columns, block))](
+        _backward_kernel[(programs, cdiv(columns, block))](
             grads, sums, flat, weight, rstd, dot, out, partial,
             count, columns, grads.stride(0), sums.stride(0), flat.stride(0),
             SUM_GRAD=sum_grad is not None, WHOLE=whole, BLOCK=block,

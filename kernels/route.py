@@ -27,8 +27,8 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .matmul_fp32 import matmul_fp32, matmul_parts
 from .tables import pick
 
@@ -95,7 +95,7 @@ def _ordered(x):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
-@triton.jit
+@jit
 def _select_kernel(
     parts_STE, bias_E, scores_TE, ids_TK, weights_TK, T, E, parts, scaling,
     NORMALIZE: tl.constexpr, K: tl.constexpr, KS: tl.constexpr,
@@ -127,7 +127,7 @@ def _select_kernel(
     tl.store(weights_TK + row * K + choice, weights * scaling, mask=mask)
 
 
-@triton.jit
+@jit
 def _select_backward_kernel(
     d_scores_TE, d_weights_TK, scores_TE, ids_TK, d_logits_TE, T, E, scaling,
     NORMALIZE: tl.constexpr, K: tl.constexpr, KS: tl.constexpr,
@@ -177,7 +177,7 @@ def _route(
     config = pick("route", configs, experts, x.device)
     if tokens:
         with on(x):
-            _select_kernel[(triton.cdiv(tokens, config.rows),)](
+            _select_kernel[(cdiv(tokens, config.rows),)](
                 parts, bias.contiguous(), scores, ids, weights, tokens, experts, len(parts),
                 scaling, NORMALIZE=normalize, ROWS=config.rows, **_sizes(experts, top_k),
                 num_warps=config.num_warps,
@@ -194,7 +194,7 @@ def _route_backward(
     config = pick("route", configs, experts, x.device)
     if tokens:
         with on(x):
-            _select_backward_kernel[(triton.cdiv(tokens, config.rows),)](
+            _select_backward_kernel[(cdiv(tokens, config.rows),)](
                 d_scores.contiguous(), d_weights.contiguous(), scores.contiguous(),
                 ids.contiguous(), d_logits, tokens, experts, scaling, NORMALIZE=normalize,
                 ROWS=config.rows, **_sizes(experts, ids.shape[1]), num_warps=config.num_warps,

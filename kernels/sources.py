@@ -75,11 +75,15 @@ def _collect(function: Any, parts: dict[str, str]) -> None:
             _refer(f"{node.value.id}.{node.attr}", getattr(home, node.attr, None), parts)
 
 
+def _is_kernel(value: Any) -> bool:
+    return any(kind.__name__ == "JITFunction" for kind in type(value).__mro__)
+
+
 def _refer(name: str, value: Any, parts: dict[str, str]) -> None:
     """Adds what a name stands for: a kernel with its source, a constant with its value."""
     if isinstance(value, bool | int | float | str):
         parts[f"constant {name}"] = repr(value)
     elif type(value).__name__ == "constexpr":
         parts[f"constant {name}"] = repr(value.value)
-    elif type(value).__name__ == "JITFunction" and not value.__module__.startswith("triton."):
+    elif _is_kernel(value) and not value.__module__.startswith("triton."):
         _collect(value.fn, parts)

@@ -24,8 +24,8 @@ from torch import Tensor
 from .arch import arch_of
 from .dispatch import choose
 from .elementwise import configs, grid, group, tile
-from .lang import tl, triton
-from .launch import empty, on, register, require, rows
+from .lang import jit, tl, triton
+from .launch import cdiv, empty, on, register, require, rows
 from .quantize import BLOCK as GROUP
 from .quantize import QuantizedRows, quantize_reference, quantize_rows
 from .tables import pick
@@ -74,7 +74,7 @@ def gradients(grad, gate, up, limit, CLAMP: tl.constexpr):
     return d_gate, d_up
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _forward_kernel(
     gate_TN, up_TN, out_TN, scales_TG, T, N, gate_stride, up_stride, limit,
     CLAMP: tl.constexpr, QUANTIZE: tl.constexpr, POWER_OF_TWO: tl.constexpr,
@@ -95,7 +95,7 @@ def _forward_kernel(
         tl.store(out_TN + row * N + at, y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["T"])
+@jit(do_not_specialize=["T"])
 def _backward_kernel(
     grad_TN, gate_TN, up_TN, d_gate_TN, d_up_TN,
     T, N, grad_stride, gate_stride, up_stride, out_stride, limit,
@@ -131,7 +131,7 @@ def _forward(
     first, second = _halves(gate, up)
     count, columns = first.shape
     out = empty(count, columns, like=gate, dtype=torch.float8_e4m3fn if quantize else gate.dtype)
-    groups = triton.cdiv(columns, GROUP) if quantize else 0
+    groups = cdiv(columns, GROUP) if quantize else 0
     scales = empty(count, groups, like=gate, dtype=torch.float32)
     config = pick("swiglu", configs, columns, gate.device)
     if count and columns:

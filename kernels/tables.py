@@ -22,6 +22,9 @@ Configs = Callable[[Any, Arch], list[Any]]
 REACH = 2.0
 """How far a tuned problem may be to lend its configuration: a factor of four in all its sizes."""
 
+_MOST_DECIDED = 4096
+# decisions by what `pick` was asked; `reload` empties it
+_decided: dict[tuple[Hashable, ...], Any] = {}
 # a scope's override by op; only `use` writes it, and takes back what it wrote
 _forced: dict[str, Any] = {}
 # the lists of the `recording` scopes that are open
@@ -76,9 +79,16 @@ def pick(op: str, configs: Configs, problem: Hashable, at: Tensor | torch.device
     forced = _forced.get(op)
     if forced is not None and not _recorders:
         return forced
+    device, dtype = (at.device, at.dtype) if isinstance(at, Tensor) else (at, None)
+    # what meta tensors stand for depends on the scope
+    key = None if _recorders or device.type == "meta" else (op, configs, problem, dtype, device)
+    if key in _decided:
+        return _decided[key]
     found = decision_of(op, configs, problem, at)
     for recorder in _recorders:
         recorder.append(found)
+    if key is not None and len(_decided) < _MOST_DECIDED:
+        _decided[key] = found.config
     return found.config
 
 
@@ -145,6 +155,7 @@ def reload() -> None:
     """Forget what was read from tables: the next decision reads them again."""
     table_files.entries.cache_clear()
     decide.cache_clear()
+    _decided.clear()
 
 
 @functools.lru_cache(maxsize=1)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .arch import Arch
 from .lang import tl, triton
+from .launch import cdiv
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -77,7 +78,7 @@ def _table(
     addresses: tuple[tuple[int, ...], ...], sizes: tuple[int, ...], chunk: int, device: torch.device
 ) -> Table:
     rows = torch.tensor([(*a, size) for a, size in zip(addresses, sizes, strict=True)])
-    counts = [triton.cdiv(size, chunk) for size in sizes]
+    counts = [cdiv(size, chunk) for size in sizes]
     tensors = torch.arange(len(sizes)).repeat_interleave(torch.tensor(counts))
     numbers = torch.cat([torch.arange(count) for count in counts])
     chunks = torch.stack([tensors, numbers], dim=1)
