@@ -21,7 +21,7 @@ PRIOR = 4.0
 ENOUGH = 32
 """First drafts to see before they are judged."""
 AGAIN, BURST = 128, 4
-"""So often, and for so many steps, a number of drafts that seemed one too many is tried again."""
+"""So often, and for so many steps, one draft more or less is tried again."""
 
 
 class Drafting:
@@ -47,14 +47,18 @@ class Drafting:
         if not self._known(rows, best):
             return best
         self._steps += 1
-        return min(best + 1, self.most) if self._steps % AGAIN < BURST else best
+        if self._steps % AGAIN >= BURST:
+            return best
+        # neighbours in turn: what was measured in a busy moment must not stand for ever
+        near = best + (1 if self._steps // AGAIN % 2 else -1)
+        return near if 0 <= near <= self.most else abs(best - 1)
 
     def record(self, rows: int, count: int, seconds: float, stood: list[int]) -> None:
         """Tell what a step took and how many drafts of each of its sequences stood."""
         key = rows, count
         self._runs[key] = self._runs.get(key, 0) + 1
         if self._runs[key] > SKIPPED:
-            self._times.setdefault(key, deque(maxlen=2 * TIMED)).append(seconds)
+            self._times.setdefault(key, deque(maxlen=TIMED)).append(seconds)
         for i in range(count):
             reached = sum(n >= i for n in stood)
             if reached:
