@@ -110,6 +110,7 @@ def test_a_product_reads_what_was_there_when_it_was_loaded(later):
     assert torch.equal(w, torch.full((64, 64), 0.0 if later else 2.0))
 
 
+@pytest.mark.slow
 def test_products_have_the_same_bits_on_every_instruction_set_and_when_checked(tmp_path):
     """Every layout, few rows and many, numbers whose sums depend on the order of additions."""
     (tmp_path / "products.py").write_text(Path(__file__).read_text())
