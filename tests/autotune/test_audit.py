@@ -12,7 +12,7 @@ from kexaone.kernels.arch import ARCHS
 from kexaone.kernels.rmsnorm import Config
 from kexaone.kernels.tables import use
 
-from .command_line import run_command
+from ..command_line import run_command
 
 OPS = sorted({case.op for case in CASES})
 MODULE = "kernels_to_audit"

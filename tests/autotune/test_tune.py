@@ -26,7 +26,7 @@ from kexaone.kernels.dispatch import choose, explain
 from kexaone.kernels.table_files import user_file
 from kexaone.model.config import Config
 
-from .command_line import run_command
+from ..command_line import run_command
 
 CPU = torch.device("cpu")
 
