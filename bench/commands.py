@@ -125,7 +125,7 @@ class _Report:
         return {"conditions": self.conditions, "complete": complete, "rows": self.rows}
 
 
-_WIDTHS = (-24, 8, -15, 8, 6, 6, 6, 7)
+_WIDTHS = (-23, 8, -15, 8, 6, 6, 6, 7)
 
 
 def _line(*cells: str) -> str:

@@ -105,6 +105,8 @@ def _attention_job(cfg: Config, tokens: int, window: int) -> Job:
         nbytes(q, q, k, v),
         nbytes(q, q, q, k, v, k, v),
         flops=4 * pairs * heads * dim,
+        # PyTorch refuses its gradient on CPUs
+        forward_only=frozenset({"flex_attention"}),
     )
 
 

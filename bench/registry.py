@@ -25,7 +25,7 @@ class Job:
     `bytes_forward` counts each input and output element once, in its own dtype; `bytes_backward`
     the same for the gradients (what was saved and the output's gradients are read, the inputs'
     gradients written), 0 where the op has none. `flops` is for the forward pass; the backward pass
-    takes twice that.
+    takes twice that. `forward_only` names peers without a gradient here.
     """
 
     ours: Function
@@ -34,6 +34,7 @@ class Job:
     bytes_forward: int
     bytes_backward: int = 0
     flops: int = 0
+    forward_only: frozenset[str] = frozenset()
 
 
 Setup = Callable[[Config, int], Job]

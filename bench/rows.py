@@ -46,7 +46,9 @@ def measure(name: str, job: Job, *, seconds: float, matmul_flops: float) -> Iter
     directions = ["forward", *(["backward"] if job.bytes_backward else [])]
     for direction in directions:
         backward = direction == "backward"
-        runs = {"ours": job.ours, **job.peers}
+        left_out = job.forward_only if backward else frozenset()
+        peers = {k: f for k, f in job.peers.items() if k not in left_out}
+        runs = {"ours": job.ours, **peers}
         prepared = {k: _prepare(f, job.inputs, backward) for k, f in runs.items()}
         error = _disagreement(name, {k: run() for k, run in prepared.items()})
         size = job.bytes_backward if backward else job.bytes_forward
