@@ -83,8 +83,11 @@ def entry(kernel: Function, scratch: int, checked: bool) -> list[str]:
         "const i64 share = programs / (16 * (i64)omp_get_num_threads());",
         "" if checked else "#pragma omp for schedule(dynamic, share > 1 ? share : 1)",
         "for (i64 at = 0; at < programs; at++) {",
-        "const int32_t program[3] = {(int32_t)(at % grid[0]), (int32_t)(at / grid[0] % grid[1]), "
-        "(int32_t)(at / grid[0] / grid[1])};",
+        # most grids have one dimension: no division for them
+        "const i64 row = grid[0] == programs ? 0 : at / grid[0];",
+        "const i64 plane = grid[2] == 1 ? 0 : row / grid[1];",
+        "const int32_t program[3] = {(int32_t)(at - row * grid[0]), "
+        "(int32_t)(row - plane * grid[1]), (int32_t)plane};",
         "check.start(at);" if checked else "",
         f"if (!context.fault) {mangle(kernel.name)}({passed});",
         "}",

@@ -68,3 +68,14 @@ def group(N, BLOCK: tl.constexpr):
     """Numbers [1, BLOCK / 128] of the scale blocks of this program's tile."""
     first = tl.program_id(0) % tl.cdiv(N, BLOCK) * (BLOCK // 128)
     return first + tl.arange(0, BLOCK // 128)[None, :]
+
+
+@triton.jit
+def share(count):
+    """This program's part of `count` pieces of work: its first, and the one after its last.
+
+    They are neighbours, so that a program reads memory in order: processors fetch ahead.
+    """
+    each = tl.cdiv(count, tl.num_programs(0))
+    first = tl.program_id(0).to(tl.int64) * each
+    return first, tl.minimum(first + each, count)

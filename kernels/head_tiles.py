@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .elementwise import share
 from .lang import tl, triton
 from .launch import require
 
@@ -153,14 +154,15 @@ def norm_rope_gradient(
     HEADS: tl.constexpr, HALF: tl.constexpr, ROPE: tl.constexpr, INDEXED: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Every P-th tile: the input's gradient, and this program's share of the weight's."""
+    """The input's gradient of this program's tiles, and their share of the weight's."""
     at = tl.arange(0, BLOCK)[None, :]
     w1, w2 = load_halves(weight_D, at, at < HALF, HALF)
     w1, w2 = w1.to(tl.float32), w2.to(tl.float32)
     total1 = tl.zeros([ROWS, BLOCK], tl.float32)
     total2 = tl.zeros([ROWS, BLOCK], tl.float32)
     tiles = tl.cdiv(T.to(tl.int64) * HEADS, ROWS)
-    for tile in range(tl.program_id(0).to(tl.int64), tiles, tl.num_programs(0).to(tl.int64)):
+    begin, end = share(tiles)
+    for tile in range(begin, end):
         token, head, live = rows_of(tile, T, HEADS, ROWS)
         mask = live & (at < HALF)
         r1, r2 = load_halves(grad_TAD + token * grad_token + head * grad_head, at, mask, HALF)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .arch import Arch
 from .dispatch import choose
+from .elementwise import share
 from .head_tiles import (
     Turn,
     block_of,
@@ -149,7 +150,8 @@ def _backward_kernel(
         K_HEADS, HALF, ROPE, INDEXED, ROWS, BLOCK)  # fmt: skip
     if VALUES:
         tiles = tl.cdiv(T.to(tl.int64) * K_HEADS, ROWS)
-        for tile in range(program, tiles, tl.num_programs(0).to(tl.int64)):
+        begin, end = share(tiles)
+        for tile in range(begin, end):
             token, head, live = rows_of(tile, T, K_HEADS, ROWS)
             copy_rows(v_grad_TAD + token * v_grad_token + head * v_grad_head,
                       v_out_TAD + token * k_out_token + head * (2 * HALF),

@@ -109,7 +109,6 @@ def _forward_kernel(
             tl.store(sum_TN + at, x, mask=mask)
         squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
     rstd = tl.rsqrt(squares / N + eps)
-    tl.store(rstd_T + row, rstd, mask=row < T)
     if RESIDUAL and not WHOLE:
         tl.debug_barrier()
     for start in range(0, BLOCK if WHOLE else N, BLOCK):
@@ -129,6 +128,8 @@ def _forward_kernel(
             tl.store(scales_TG_row, scales, mask=live & (group < count))
         else:
             tl.store(out_TN + at, y, mask=mask)
+    # last: rows that are read again after a store would have to be kept from it
+    tl.store(rstd_T + row, rstd, mask=row < T)
 
 
 def forward(

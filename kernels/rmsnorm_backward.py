@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .elementwise import share
 from .lang import jit, tl
 from .launch import cdiv, empty, on, rows
 
@@ -38,13 +39,13 @@ def _backward_kernel(
     T, N, grad_stride, sum_grad_stride, x_stride,
     SUM_GRAD: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows program, program + P, ...: the input's gradient, and this program's share of dweight."""
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    """The input's gradient of this program's rows, and their share of dweight."""
+    first, end = share(T)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at < N
     weight = tl.load(weight_N + at, mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for row in range(program, T, programs):
+    for row in range(first, end):
         grad = tl.load(grad_TN + row * grad_stride + at, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_TN + row * x_stride + at, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(rstd_T + row)
@@ -56,7 +57,7 @@ def _backward_kernel(
             out += tl.load(sum_grad_TN + row * sum_grad_stride + at, mask=mask, other=0.0)
         total += grad * normed
         tl.store(out_TN + row * N + at, out.to(out_TN.dtype.element_ty), mask=mask)
-    tl.store(partial_PN + program * N + at, total, mask=mask)
+    tl.store(partial_PN + tl.program_id(0).to(tl.int64) * N + at, total, mask=mask)
 
 
 def backward(

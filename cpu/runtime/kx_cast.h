@@ -13,9 +13,10 @@ template <class T> AI as<T, uint16_t> f32_to_bf16(T x) {
   // the instruction rounds alike but takes subnormals for zero
   if constexpr (lanes<T> == 16) {
     uint16_t small;
+    bool none;
     U<T> exponents = U<T>{} + 0x7f800000u;
-    asm("vptestnmd %1,%2,%0" : "=Yk"(small) : "v"(exponents), "v"(u));
-    if (LIKELY(!small)) {
+    asm("vptestnmd %2,%3,%0\n\tkortestw %0,%0" : "=Yk"(small), "=@ccz"(none) : "v"(exponents), "v"(u));
+    if (LIKELY(none)) {
       as<T, uint16_t> r;
       asm("vcvtneps2bf16 %1,%0" : "=v"(r) : "v"(x));
       return r;
