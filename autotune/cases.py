@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..kernels.argmax import argmax
 from ..kernels.grouping import Permutation, group_by_expert_reference
 from ..kernels.quantize import QuantizedRows
 from .capture import storage_of
@@ -255,6 +256,7 @@ CASES = (
     Case("qk_norm_rope", f"{T} tokens, not turned", lambda b: _qk_norm_rope(b, turned=False)),
     Case("qk_norm_rope_packed", f"{T} tokens", _qk_norm_rope_packed),
     Case("qk_norm_rope_cache", "64 tokens", _qk_norm_rope_cache),
+    Case("argmax", f"64 x {VOCABULARY}", lambda b: argmax(b.floats(64, VOCABULARY))),
     Case("linear_cross_entropy", f"{T} x {H} x {VOCABULARY}",
          _cross_entropy(lambda *a: ops.linear_cross_entropy(*a))),
     Case("linear_cross_entropy_tokens", f"{T} x {H} x {VOCABULARY}",

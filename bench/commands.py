@@ -139,9 +139,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     """Bandwidth as the part of a copy's, arithmetic as that of the library's matrix product."""
     return (
         row["op"] + (" bwd" if row["direction"] == "backward" else ""),
-        f"{row['ours']['median']:.3f}",
+        f"{row['ours']['median']:.4g}",
         row["best_peer"],
-        f"{row['peers'][row['best_peer']]['median']:.3f}",
+        f"{row['peers'][row['best_peer']]['median']:.4g}",
         f"{row['ratio']:.2f}",
         f"{row['gigabytes_per_second']:.1f}",
         f"{row['bandwidth']:.0%}",

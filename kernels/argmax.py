@@ -22,7 +22,7 @@ def argmax_reference(x: Tensor) -> Tensor:
     return torch.where(x.isfinite().all(-1), x.argmax(-1), -1)
 
 
-@jit(do_not_specialize=["V"])
+@jit
 def _kernel(x_NV, out_N, V, stride, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     best = tl.full([BLOCK], -float("inf"), tl.float32)

@@ -61,7 +61,7 @@ def test_rows_are_printed_and_written(jobs, monkeypatch, capsys, tmp_path):
         assert row["gigabytes_per_second"] == pytest.approx(size / ours / 1e6)
         name = row["op"] + (" bwd" if row["direction"] == "backward" else "")
         line = next(x for x in out.splitlines() if x.startswith(name.ljust(23)))
-        assert line.split()[-5:-3] == [row["best_peer"], f"{best:.3f}"] and f"{ours:.3f}" in line
+        assert line.split()[-5:-3] == [row["best_peer"], f"{best:.4g}"] and f"{ours:.4g}" in line
     assert out.splitlines()[0].split()[-4:] == ["ratio", "GB/s", "copy", "matmul"]
 
 
